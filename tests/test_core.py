@@ -1,0 +1,213 @@
+"core and competition: atomic files, values from text, Kaggle's mounts, the run folder."
+import json
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from underdog.competition import COMPETITIONS, LLM_FINETUNING, LMSYS, WSDM, detect_competition, get_competition
+from underdog.core import (RunFolder, UserError, atomic_path, atomic_write, build_id, coerce, file_hash, fingerprint, on_kaggle, pick_dtype, read_json,
+                           resolve_input, seed_everything, versions, write_json)
+
+
+@dataclass(frozen=True)
+class Settings:
+    path: str
+    lr: float = 1e-4
+    rank: int = 16
+    layers: int | None = None
+    merge: bool = False
+    extra: dict = field(default_factory=dict)
+
+
+# ---- atomic files
+@pytest.mark.parametrize('error', [ValueError, KeyboardInterrupt, SystemExit])
+def test_atomic_path_leaves_the_old_file_and_nothing_else_on_error(tmp_path, error):
+    target = tmp_path/'submission.csv'
+    atomic_write(target, 'old')
+    with pytest.raises(error), atomic_path(target) as tmp:
+        tmp.write_text('half')
+        raise error()
+    assert target.read_text() == 'old' and [p.name for p in tmp_path.iterdir()] == ['submission.csv']
+
+
+def test_atomic_path_makes_folders_is_a_sibling_and_is_readable_by_others(tmp_path):
+    target = tmp_path/'deep'/'er'/'x.bin'
+    with atomic_path(target) as tmp:
+        assert tmp.parent == target.parent and not target.exists()
+        tmp.write_bytes(b'\0\xff')
+    assert target.read_bytes() == b'\0\xff' and target.stat().st_mode & 0o400
+    plain = tmp_path/'plain'
+    plain.touch()
+    assert target.stat().st_mode == plain.stat().st_mode
+
+
+def test_json_is_numpy_safe_and_a_broken_file_is_named(tmp_path):
+    write_json(tmp_path/'a.json', dict(loss=np.float32(.5), n=np.int64(3), y=np.eye(2), name='é\n', path=tmp_path))
+    assert read_json(tmp_path/'a.json') | {'path': 0} == dict(loss=.5, n=3, y=[[1, 0], [0, 1]], name='é\n', path=0)
+    with pytest.raises(TypeError): write_json(tmp_path/'a.json', dict(x=object()))
+    assert read_json(tmp_path/'a.json')['n'] == 3   # the failed write has not touched it
+    for name, content in (('missing.json', None), ('half.json', b'{"a": '), ('bytes.json', b'\xff\xfe'), ('deep.json', b'['*100_000)):
+        if content is not None: (tmp_path/name).write_bytes(content)
+        with pytest.raises(UserError, match=name): read_json(tmp_path/name)
+    with pytest.raises(UserError): read_json(tmp_path)
+
+
+# ---- fingerprints
+def test_fingerprint_is_stable_and_separates_parts():
+    assert fingerprint('ab', 'c') != fingerprint('a', 'bc') != fingerprint('abc')
+    assert fingerprint({'b': 1, 'a': 2}) == fingerprint({'a': 2, 'b': 1})
+    assert fingerprint(np.arange(3)) != fingerprint(np.arange(3.)) and fingerprint(np.zeros((2, 3))) != fingerprint(np.zeros((3, 2)))
+    assert fingerprint(np.array(['a', 'bc'], object)) == fingerprint(np.array([''.join('a'), ''.join(['b', 'c'])], object))   # values, not addresses
+    assert len(fingerprint('\ud83d')) == 16
+
+
+def test_file_hash_depends_on_content_only(tmp_path):
+    for name, content in (('a', b'x'*300_000), ('b', b'x'*300_000), ('c', b'x'*299_999 + b'y')): (tmp_path/name).write_bytes(content)
+    assert file_hash(tmp_path/'a') == file_hash(tmp_path/'b') != file_hash(tmp_path/'c')
+
+
+def test_versions_and_build_id_are_plain_text():
+    assert {'python', 'torch', 'transformers'} <= versions().keys() and json.dumps(versions())
+    assert build_id() == build_id() and '+' in build_id()
+
+
+# ---- coerce
+@pytest.mark.parametrize('name,text,value', [('lr', '1e-5', 1e-5), ('lr', 3, 3.0), ('lr', np.float32(.5), .5), ('rank', '8', 8), ('rank', 8.0, 8), ('rank', '1e2', 100),
+    ('rank', str(2**60 + 1), 2**60 + 1), ('rank', np.int64(4), 4), ('rank', '-3', -3), ('layers', None, None), ('layers', 'None', None), ('layers', '', None), ('layers', '6', 6),
+    ('merge', 'true', True), ('merge', 'False', False), ('merge', 1, True), ('merge', '0', False), ('path', '', '')])
+def test_coerce_understands_text(name, text, value):
+    got = getattr(coerce(Settings, {'path': 'p', name: text}), name)
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize('name,bad', [('lr', 'fast'), ('lr', True), ('lr', [1]), ('lr', None), ('rank', 2.5), ('rank', '2.5'), ('rank', 'nan'), ('rank', 'inf'), ('rank', '--3'),
+    ('rank', True), ('rank', ''), ('layers', 'many'), ('merge', 'yes please'), ('merge', 2), ('path', 4), ('path', None)])
+def test_coerce_refuses_and_names_the_setting(name, bad):
+    with pytest.raises(UserError, match=f'^{name}='): coerce(Settings, {'path': 'p', name: bad})
+
+
+def test_coerce_names_unknown_and_missing_settings():
+    with pytest.raises(UserError, match="unknown setting 'rnak'.*did you mean rank"): coerce(Settings, dict(path='p', rnak=8))
+    with pytest.raises(UserError, match='needs path'): coerce(Settings, dict(lr=1))
+
+
+@given(st.floats(allow_nan=False), st.integers(-10**30, 10**30))
+def test_coerce_reads_back_what_repr_writes(lr, rank):
+    got = coerce(Settings, dict(path='p', lr=repr(lr), rank=repr(rank)))
+    assert (got.lr, got.rank) == (lr, rank)
+
+
+@given(st.dictionaries(st.sampled_from(['path', 'lr', 'rank', 'layers', 'merge', 'zzz']), st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.lists(st.integers()))))
+def test_coerce_never_raises_anything_but_user_error(values):
+    try: coerce(Settings, values)
+    except UserError: pass
+
+
+# ---- inputs
+@pytest.fixture
+def mounts(tmp_path):
+    root = tmp_path/'input'
+    for d in ('datasets/ann/lmsys-runs/run-1', 'competitions/wsdm-cup', 'old-slug/sub', 'notebooks/bob/train', 'models/google/gemma-2/transformers/2b-it/2',
+              'old-model/transformers/2b/1'): (root/d).mkdir(parents=True)
+    (root/'competitions/wsdm-cup/train.parquet').touch()
+    return root
+
+
+@pytest.mark.parametrize('spec,found', [('ann/lmsys-runs', 'datasets/ann/lmsys-runs'), ('lmsys-runs', 'datasets/ann/lmsys-runs'), ('lmsys-runs/run-1', 'datasets/ann/lmsys-runs/run-1'),
+    ('ann/lmsys-runs/run-1/', 'datasets/ann/lmsys-runs/run-1'), ('datasets/ann/lmsys-runs', 'datasets/ann/lmsys-runs'), ('wsdm-cup', 'competitions/wsdm-cup'),
+    ('competitions/wsdm-cup/train.parquet', 'competitions/wsdm-cup/train.parquet'), ('wsdm-cup/train.parquet', 'competitions/wsdm-cup/train.parquet'), ('old-slug', 'old-slug'),
+    ('carl/old-slug/sub', 'old-slug/sub'), ('datasets/carl/old-slug', 'old-slug'), ('competitions/old-slug', 'old-slug'), ('bob/train', 'notebooks/bob/train'),
+    ('google/gemma-2/transformers/2b-it/2', 'models/google/gemma-2/transformers/2b-it/2'), ('models/google/gemma-2/transformers/2b-it/2', 'models/google/gemma-2/transformers/2b-it/2'),
+    ('models/meta/old-model/transformers/2b/1', 'old-model/transformers/2b/1')])
+def test_both_mount_layouts_are_found(mounts, spec, found):
+    assert resolve_input(spec, mounts) == mounts/found
+    assert resolve_input(f'{mounts}/{spec}', mounts) == mounts/found
+
+
+@pytest.mark.parametrize('spec', ['', 'bob/lmsys-runs', 'lmsys-rums', '[', '**', 'a\0b', 'x'*5000, '~nobody-here/x', 'datasets/carl/lmsys-runs'])
+def test_what_is_not_there_is_a_user_error(mounts, spec):
+    with pytest.raises(UserError): resolve_input(spec, mounts)
+
+
+def test_the_error_lists_what_is_mounted(mounts):
+    with pytest.raises(UserError, match=r'lmsys-rums.*holds: .*datasets/ann/lmsys-runs'): resolve_input('lmsys-rums', mounts)
+
+
+def test_a_local_path_wins(mounts, tmp_path, monkeypatch):
+    (tmp_path/'old-slug').mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert resolve_input('old-slug', mounts).resolve() == tmp_path/'old-slug'
+
+
+def test_on_kaggle_reads_the_environment(monkeypatch):
+    monkeypatch.delenv('KAGGLE_KERNEL_RUN_TYPE', raising=False)
+    assert not on_kaggle()
+    monkeypatch.setenv('KAGGLE_KERNEL_RUN_TYPE', 'Batch')
+    assert on_kaggle()
+
+
+def test_dtype_on_cpu_is_fp32_with_a_reason_and_t4_gets_fp16(monkeypatch):
+    import torch
+    assert pick_dtype('cpu')[0] == torch.float32 and pick_dtype('cpu')[1]
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    for capability, dtype in (((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((6, 0), torch.float16), ((9, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda *a, c=capability: c)
+        assert pick_dtype('cuda:0')[0] == dtype
+
+
+def test_seeding_repeats_the_draws():
+    import torch
+    draws = []
+    for _ in range(2):
+        seed_everything(7)
+        draws.append((np.random.rand(), torch.rand(1).item()))
+    assert draws[0] == draws[1]
+
+
+# ---- run folder
+CONFIG = dict(model={}, prompt={}, template_hash='t', base_hash='b', competition='lmsys')
+
+
+def test_run_folder_keeps_status_and_metrics(tmp_path):
+    run = RunFolder.create(tmp_path/'run', CONFIG)
+    assert run.status['state'] == 'running' and run.metrics().empty
+    run.log(step=1, loss=np.float32(1.5))
+    for state in ('paused', 'finished', 'failed', 'running'):
+        run.set_status(state, step=3, of=9, reason='time', elapsed_s=1.26)
+        assert run.status == dict(state=state, step=3, of=9, reason='time', elapsed_s=1.3)
+    with pytest.raises(ValueError): run.set_status('asleep')
+    again = RunFolder.open(tmp_path/'run')
+    assert again.config == CONFIG and again.metrics()['loss'].tolist() == [1.5]
+    assert {p.name for p in run.path.iterdir()} == {'config.json', 'status.json', 'metrics.jsonl'}
+    assert RunFolder.create(tmp_path/'run', CONFIG).metrics().empty   # a new run does not inherit lines
+
+
+def test_a_killed_write_costs_one_line_and_not_the_next(tmp_path):
+    run = RunFolder.create(tmp_path, CONFIG)
+    run.log(step=1)
+    with open(run.metrics_file, 'ab') as f: f.write(b'{"step": 2, "lo\xc3')
+    assert run.metrics()['step'].tolist() == [1]
+    run.log(step=3)
+    assert run.metrics()['step'].tolist() == [1, 3]
+
+
+def test_what_is_not_a_run_folder_says_so(tmp_path):
+    with pytest.raises(UserError, match='not a run folder'): RunFolder.open(tmp_path)
+    write_json(tmp_path/'config.json', dict(model={}))
+    with pytest.raises(UserError, match='lacks prompt'): RunFolder.open(tmp_path)
+    with pytest.raises(UserError, match='no such file'): RunFolder.open(tmp_path/'nowhere')
+
+
+# ---- competitions
+def test_competitions_are_found_by_name_slug_and_columns():
+    for c in COMPETITIONS:
+        assert get_competition(c.name) is c and get_competition(c.slug) is c
+        assert c.submission_columns[0] == 'id' and len(c.label_columns) in (1, c.n_classes)
+        assert c.swap_columns[c.swap_columns].tolist() == list(range(c.n_classes))
+    with pytest.raises(UserError, match='did you mean lmsys'): get_competition('lmsis')
+    assert detect_competition(['id', 'prompt', *LMSYS.label_columns]) is LMSYS
+    assert detect_competition(['id', 'prompt', 'winner']) is WSDM and detect_competition(['id', 'prompt']) is LMSYS
+    assert LLM_FINETUNING.slug == 'llm-classification-finetuning' and (WSDM.classes, WSDM.metric) == (('a', 'b'), 'accuracy')

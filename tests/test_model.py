@@ -1,0 +1,431 @@
+"Laws of the model: LoRA, heads, quantization, padding, save/load/merge; tiny backbones made from configs."
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from underdog.adapter import load_adapter, load_merged, merge, save_adapter
+from underdog.batch import Batch
+from underdog.core import UserError, quiet
+from underdog.model import ModelConfig, adapter_parameters, base_hash, head_parameters, layer_range, linear_layers, load_backbone, load_model, lora_targets
+
+FAMILIES = ('llama', 'mistral', 'gemma2', 'qwen2', 'deberta', 'bert')
+DECODERS = FAMILIES[:4]
+
+
+def family_config(family, **extra):
+    import transformers as tf
+    size = dict(vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0)
+    kind = dict(llama=tf.LlamaConfig, mistral=tf.MistralConfig, gemma2=tf.Gemma2Config, qwen2=tf.Qwen2Config, deberta=tf.DebertaV2Config, bert=tf.BertConfig)[family]
+    if family in DECODERS: size |= dict(num_key_value_heads=4, head_dim=16) if family == 'gemma2' else dict(num_key_value_heads=4)
+    if family == 'deberta':
+        size |= dict(relative_attention=True, pos_att_type=['p2c', 'c2p'], share_att_key=True, position_buckets=16, norm_rel_ebd='layer_norm',
+                     position_biased_input=False, type_vocab_size=0, max_position_embeddings=64)
+    return kind(**size | extra)
+
+
+@pytest.fixture(scope='session')
+def bases(tmp_path_factory):
+    "family -> folder of a tiny backbone."
+    from transformers import AutoModel
+    quiet()
+    root, made = tmp_path_factory.mktemp('bases'), {}
+    for family in FAMILIES:
+        torch.manual_seed(0)
+        AutoModel.from_config(family_config(family)).save_pretrained(root/family)
+        made[family] = root/family
+    return made
+
+
+def make_batch(head='pair', rows=2, seed=0, swapped=None, pad_left=0, pad_right=0):
+    "A batch of `rows` rows with sequences of different lengths, padded on either side; `swapped` rows have their sequences exchanged (pair)."
+    rng = np.random.default_rng(seed)
+    swapped = np.zeros(rows, bool) if swapped is None else np.asarray(swapped, bool)
+    ids = [rng.integers(5, 128, n) for n in rng.integers(6, 11, rows if head == 'joint' else 2*rows)]
+    if head == 'pair':
+        first, second = ids[:rows], ids[rows:]
+        ids = [b if s else a for a, b, s in zip(first, second, swapped)] + [a if s else b for a, b, s in zip(first, second, swapped)]
+    width = pad_left + max(map(len, ids)) + pad_right
+    tokens, mask, pool = np.zeros((len(ids), width), np.int64), np.zeros((len(ids), width), np.int64), np.zeros((len(ids), width), np.float32)
+    read = []
+    for i, x in enumerate(ids):
+        start = width - len(x) if pad_left else 0   # left: every sequence ends at the right edge
+        tokens[i, start:start + len(x)], mask[i, start:start + len(x)], pool[i, start + 3:start + len(x)] = x, 1, 1
+        read.append(start + len(x) - 1)
+    return Batch(*map(torch.from_numpy, (tokens, mask, pool)), torch.tensor(read), torch.arange(rows), torch.from_numpy(swapped))
+
+
+def trained(cfg, seed=1):
+    "A model with LoRA and head as if trained: every trainable value moved away from its start."
+    model = load_model(cfg)
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in adapter_parameters(model) + head_parameters(model): p.normal_(0, .1, generator=g)
+    return model.eval()
+
+
+@torch.no_grad()
+def logits_of(model, batch): return model.eval()(batch)
+
+
+def backward(model, batch):
+    torch.manual_seed(0)   # BERT and DeBERTa have dropout of their own
+    model.train().zero_grad()
+    logits = model(batch)
+    torch.nn.functional.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long)).backward()
+    return model
+
+
+# ---- families and precisions
+
+@pytest.mark.parametrize('head', ['pair', 'joint'])
+@pytest.mark.parametrize('family', FAMILIES)
+def test_only_lora_and_head_learn_and_in_fp32(bases, family, head):
+    model = load_model(ModelConfig(str(bases[family]), head=head, rank=4))
+    backward(model, make_batch(head))
+    learning = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert all('lora_' in n or n.startswith('head.') for n in learning)
+    assert {p.dtype for p in learning.values()} == {torch.float32}
+    assert len(learning) == len(adapter_parameters(model)) + len(head_parameters(model))
+    assert all(p.grad is None for n, p in model.named_parameters() if n not in learning)
+    # B starts at 0, so A's first gradient is 0; B's is not
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in learning.items() if 'lora_B' in n or n == 'head.score.weight')
+    assert sum('lora_B' in n for n in learning) == len(linear_layers(load_backbone(model.cfg)))
+
+
+@pytest.mark.parametrize('quantization', ['nf4', 'int8'])
+@pytest.mark.parametrize('family', ['llama', 'gemma2', 'deberta', 'bert'])
+def test_gradients_survive_an_evaluation(bases, family, quantization):
+    "bitsandbytes' AVX512-BF16 kernel makes LoRA's gradients None or wrong (not merely absent: compare them) after an evaluation."
+    model, batch = trained(ModelConfig(str(bases[family]), quantization=quantization, rank=4)), make_batch()
+    first = [p.grad.clone() for p in adapter_parameters(backward(model, batch))]
+    logits = logits_of(model, batch)
+    backward(model, batch)
+    for p, before in zip(adapter_parameters(model), first):
+        assert p.grad is not None and p.grad.abs().sum() > 0
+        torch.testing.assert_close(p.grad, before, rtol=1e-4, atol=1e-6)
+    assert torch.equal(logits_of(model, batch), logits)
+
+
+@pytest.mark.parametrize('quantization', ['nf4', 'int8'])
+@pytest.mark.parametrize('family', ['mistral', 'qwen2', 'gemma2', 'deberta'])
+def test_quantized_is_near_the_full_model(bases, family, quantization):
+    cfg = ModelConfig(str(bases[family]), rank=4)
+    full, small = (logits_of(trained(replace(cfg, quantization=q)), make_batch()) for q in ('none', quantization))
+    assert not torch.equal(full, small)   # it is quantized indeed
+    assert (full - small).abs().max() < .25*full.abs().max() + .1
+    assert small.dtype == torch.float32
+
+
+def test_every_layer_is_quantized(bases):
+    for family in FAMILIES:
+        modules = dict(load_backbone(ModelConfig(str(bases[family]), quantization='nf4')).named_modules())
+        assert {type(modules[n]).__name__ for n in linear_layers(load_backbone(ModelConfig(str(bases[family]))))} == {'Linear4bit'}
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_half_precision_keeps_trainables_in_fp32(bases, dtype):
+    model = load_model(ModelConfig(str(bases['llama']), dtype=dtype, rank=4))
+    assert {p.dtype for p in adapter_parameters(model) + head_parameters(model)} == {torch.float32}
+    assert next(p for p in model.backbone.parameters() if not p.requires_grad).dtype == getattr(torch, dtype)
+    backward(model, make_batch())
+    assert logits_of(model, make_batch()).dtype == torch.float32
+    assert all(torch.isfinite(p.grad).all() for p in adapter_parameters(model))
+
+
+def test_attention_is_sdpa_and_gemma_has_no_softcap(bases):
+    used = {f: load_backbone(ModelConfig(str(bases[f]))).config for f in FAMILIES}
+    assert {f: c._attn_implementation for f, c in used.items()} == {f: 'eager' if f == 'deberta' else 'sdpa' for f in FAMILIES}
+    assert used['gemma2'].attn_logit_softcapping is None and not used['gemma2'].use_cache
+
+
+# ---- LoRA
+
+@pytest.mark.parametrize('quantization', ['none', 'nf4', 'int8'])
+def test_lora_is_wx_plus_scaled_bax(bases, quantization):
+    model = trained(ModelConfig(str(bases['llama']), quantization=quantization, rank=4, alpha=10))
+    layer = model.backbone.base_model.model.layers[1].mlp.gate_proj
+    A, B = layer.lora_A['default'].weight, layer.lora_B['default'].weight
+    x = torch.randn(3, 64)
+    with torch.no_grad(): torch.testing.assert_close(layer(x), layer.base_layer(x) + 10/4*x @ A.T @ B.T, rtol=1e-4, atol=1e-5)
+
+
+def test_lora_changes_nothing_before_training(bases):
+    cfg = ModelConfig(str(bases['qwen2']))
+    assert torch.equal(logits_of(load_model(cfg), make_batch()), logits_of(load_model(cfg, lora=False), make_batch()))
+
+
+def test_targets_and_range(bases):
+    model = load_model(ModelConfig(str(bases['llama']), rank=4, targets='q_proj, v_proj', lora_layers='1:'))
+    names = {n.split('.lora_')[0].removeprefix('base_model.model.') for n, p in model.backbone.named_parameters() if p.requires_grad}
+    assert names == {'layers.1.self_attn.q_proj', 'layers.1.self_attn.v_proj'}
+    bert = load_backbone(ModelConfig(str(bases['bert'])))
+    assert lora_targets(bert, 'attention.output.dense', ':1') == ['encoder.layer.0.attention.output.dense']
+    assert [list(layer_range(t, 10)) for t in ('', '8:', '2:4', '-2:', ':1')] == [list(range(10)), [8, 9], [2, 3], [8, 9], [0]]
+    for bad in ('2:1', '11:', ':12', '-11:', '3', 'a:b', ':0'):
+        with pytest.raises(UserError, match='lora_layers'): layer_range(bad, 10)
+
+
+def test_seed_decides_the_start(bases):
+    a, b, c = (load_model(ModelConfig(str(bases['llama']), seed=s)) for s in (1, 1, 2))
+    same = [torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters())]
+    assert all(same) and a.head_source == 'seeded'
+    assert not torch.equal(a.head.score.weight, c.head.score.weight)
+    start = logits_of(a, make_batch()).softmax(-1)
+    assert (start - 1/3).abs().max() < .05
+
+
+def test_checkpointing_gives_equal_gradients(bases):
+    cfg, batch = ModelConfig(str(bases['llama']), rank=4, lora_layers='1:'), make_batch()
+    plain, again = (backward(trained(replace(cfg, checkpointing=c)), batch) for c in (False, True))
+    for p, q in zip(adapter_parameters(plain), adapter_parameters(again)): torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-7)
+    assert not again.backbone.get_base_model().get_input_embeddings()(batch.input_ids).requires_grad
+
+
+# ---- heads and order
+
+@pytest.mark.parametrize('family', ['gemma2', 'deberta'])
+@pytest.mark.parametrize('n_classes', [2, 3])
+def test_pair_is_symmetric(bases, family, n_classes):
+    model = trained(ModelConfig(str(bases[family]), n_classes=n_classes, rank=4))
+    given, mixed = make_batch(rows=3), make_batch(rows=3, swapped=[True, False, True])
+    torch.testing.assert_close(logits_of(model, mixed), logits_of(model, given), rtol=1e-5, atol=1e-6)   # the order shown does not matter
+    exchanged = replace(given, **{k: getattr(given, k).roll(3, 0) for k in ('input_ids', 'attention_mask', 'pool_mask', 'read')})
+    swap = [1, 0, 2][:n_classes]
+    # other answers: classes exchanged, up to the order in which a matrix product adds
+    torch.testing.assert_close(logits_of(model, exchanged), logits_of(model, given)[:, swap], rtol=1e-5, atol=1e-6)
+    x = torch.randn(6, 64)
+    with torch.no_grad(): torch.testing.assert_close(model.head(x.roll(3, 0)), model.head(x)[:, swap])
+
+
+def test_pair_is_davidsons_model(bases):
+    model = trained(ModelConfig(str(bases['llama']), rank=4))
+    a, b, tie = logits_of(model, make_batch()).T
+    torch.testing.assert_close(tie, (a + b)/2 + model.head.tie.detach())
+
+
+@pytest.mark.parametrize('n_classes', [2, 3])
+def test_joint_maps_swapped_rows_back(bases, n_classes):
+    model, batch = trained(ModelConfig(str(bases['llama']), head='joint', n_classes=n_classes, rank=4)), make_batch('joint', rows=3)
+    shown = logits_of(model, batch)
+    back = logits_of(model, replace(batch, swapped=torch.tensor([True, False, True])))
+    swap = [1, 0, 2][:n_classes]
+    assert torch.equal(back, torch.stack([shown[0, swap], shown[1], shown[2, swap]]))
+
+
+@pytest.mark.parametrize('head', ['pair', 'joint'])
+def test_right_padding_changes_nothing(bases, head):
+    for family in FAMILIES:
+        model = trained(ModelConfig(str(bases[family]), head=head, rank=4))
+        for pooling in ('mean', 'read', 'last', 'first'):
+            model.cfg = replace(model.cfg, pooling=pooling)
+            torch.testing.assert_close(logits_of(model, make_batch(head, pad_right=5)), logits_of(model, make_batch(head)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('family', ['llama', 'mistral', 'gemma2', 'qwen2', 'deberta'])   # BERT counts positions from the left edge
+def test_left_padding_changes_nothing(bases, family):
+    model = trained(ModelConfig(str(bases[family]), rank=4))
+    for pooling in ('mean', 'last', 'first'):
+        model.cfg = replace(model.cfg, pooling=pooling)
+        left = logits_of(model, make_batch(pad_left=5))
+        torch.testing.assert_close(left, logits_of(model, make_batch()), rtol=1e-4, atol=1e-5)
+        assert all(torch.isfinite(p.grad).all() for p in adapter_parameters(backward(model, make_batch(pad_left=5))))
+
+
+def test_an_empty_pool_reads_the_last_token(bases):
+    model, batch = trained(ModelConfig(str(bases['llama']), rank=4)), make_batch()
+    batch.pool_mask[0] = 0
+    read = logits_of(trained(ModelConfig(str(bases['llama']), rank=4, pooling='read')), batch)
+    assert torch.allclose(logits_of(model, batch)[0, 0], read[0, 0])
+
+
+# ---- a head that the folder brings
+
+@pytest.mark.parametrize('family', ['llama', 'gemma2', 'bert', 'deberta'])
+@pytest.mark.parametrize('head', ['pair', 'joint'])
+def test_stored_head_gives_the_classifiers_logits(tmp_path, family, head):
+    from transformers import AutoModelForSequenceClassification
+    quiet()
+    torch.manual_seed(0)
+    extra = dict(pooler_hidden_act='gelu', pooler_hidden_size=64, pooler_dropout=0) if family == 'deberta' else {}
+    extra |= dict(attn_logit_softcapping=None) if family == 'gemma2' else {}
+    theirs = AutoModelForSequenceClassification.from_config(family_config(family, num_labels=1 if head == 'pair' else 3, **extra)).eval()
+    theirs.save_pretrained(tmp_path/'reward')
+    batch = make_batch(head)
+    with torch.no_grad(): want = theirs(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    ours = load_model(ModelConfig(str(tmp_path/'reward'), head=head, rank=4))
+    assert ours.head_source == 'checkpoint' and ours.cfg.pooling == ('last' if family in DECODERS else 'first')
+    got = logits_of(ours, batch)
+    # a score's bias cancels between the two answers
+    torch.testing.assert_close(*((got, want) if head == 'joint' else (got[:, 0] - got[:, 1], (want[:2] - want[2:])[:, 0])), rtol=1e-4, atol=1e-5)
+    save_adapter(ours, tmp_path/'adapter')
+    assert torch.equal(logits_of(load_adapter(tmp_path/'adapter'), batch), got)
+    other = load_model(ModelConfig(str(tmp_path/'reward'), head='joint' if head == 'pair' else 'pair'))
+    assert other.head_source == 'seeded'   # of another shape: not used, and said so
+
+
+# ---- save, load, merge
+
+FRESH = """
+import sys, torch
+from underdog.adapter import load_adapter
+from underdog.batch import Batch
+from safetensors.torch import load_file, save_file
+batch = Batch(**load_file('batch.safetensors'))
+with torch.no_grad(): save_file({q: load_adapter(q)(batch) for q in sys.argv[1:]}, 'logits.safetensors')
+"""
+
+
+def test_reload_in_a_fresh_process_gives_equal_logits(bases, tmp_path):
+    batch, want = make_batch(rows=3), {}
+    save_file({k: v.contiguous() for k, v in vars(batch).items()}, tmp_path/'batch.safetensors')
+    for q in ('none', 'nf4'):
+        model = trained(ModelConfig(str(bases['gemma2']), quantization=q, rank=4, lora_layers='1:'))
+        save_adapter(model, tmp_path/q)
+        want[q] = logits_of(model, batch)
+    done = subprocess.run([sys.executable, '-c', FRESH, *want], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    got = load_file(tmp_path/'logits.safetensors')
+    assert all(torch.equal(got[q], want[q]) for q in want)
+
+
+@pytest.mark.parametrize('family', ['llama', 'bert', 'deberta'])
+@pytest.mark.parametrize('head', ['pair', 'joint'])
+def test_merged_gives_equal_logits(bases, tmp_path, family, head):
+    model, batch = trained(ModelConfig(str(bases[family]), head=head, rank=4)), make_batch(head)
+    save_adapter(model, tmp_path/'adapter')
+    merged = load_merged(merge(tmp_path/'adapter', tmp_path/'merged'))
+    torch.testing.assert_close(logits_of(merged, batch), logits_of(model, batch), rtol=1e-5, atol=1e-5)
+    assert not adapter_parameters(merged) and [f.name for f in (tmp_path/'merged').glob('*.safetensors')] == ['model.safetensors']
+
+
+def test_merged_keeps_the_first_layers_only(bases, tmp_path):
+    model, batch = trained(ModelConfig(str(bases['gemma2']), layers=1, rank=4)), make_batch()
+    assert len({i for i in linear_layers(load_backbone(model.cfg)).values()}) == 1
+    save_adapter(model, tmp_path/'adapter')
+    merged = load_merged(merge(tmp_path/'adapter', tmp_path/'merged'))
+    torch.testing.assert_close(logits_of(merged, batch), logits_of(model, batch), rtol=1e-5, atol=1e-5)
+
+
+def test_adapter_of_rank_0_is_the_head_alone(bases, tmp_path):
+    model = trained(ModelConfig(str(bases['llama']), rank=0))
+    assert not adapter_parameters(model)
+    backward(model, make_batch())
+    save_adapter(model, tmp_path/'adapter')
+    assert torch.equal(logits_of(load_adapter(tmp_path/'adapter'), make_batch()), logits_of(model, make_batch()))
+
+
+# ---- mistakes
+
+def test_base_hash_follows_content_not_place(bases, tmp_path):
+    shutil.copytree(bases['llama'], tmp_path/'copy')
+    assert base_hash(tmp_path/'copy') == base_hash(bases['llama']) != base_hash(bases['mistral'])
+    model = trained(ModelConfig(str(bases['llama']), rank=4))
+    save_adapter(model, tmp_path/'adapter')
+    weights = load_file(tmp_path/'copy'/'model.safetensors')
+    save_file({k: v + 1 for k, v in weights.items()}, tmp_path/'copy'/'model.safetensors', metadata=dict(format='pt'))
+    with pytest.raises(UserError) as e: load_adapter(tmp_path/'adapter', base=tmp_path/'copy')
+    assert base_hash(bases['llama']) in str(e.value) and base_hash(tmp_path/'copy') in str(e.value)
+
+
+@pytest.mark.parametrize('damage', ['head missing', 'head shape', 'head extra', 'lora missing', 'lora shape', 'head file', 'truncated'])
+def test_damaged_adapters_are_refused(bases, tmp_path, damage):
+    folder = tmp_path/'adapter'
+    save_adapter(trained(ModelConfig(str(bases['llama']), rank=4)), folder)
+    file = next(f for f in folder.glob('*.safetensors') if ('head' in f.name) != damage.startswith('lora'))
+    state = load_file(file)
+    key = 'score.weight' if not damage.startswith('lora') else sorted(state)[0]
+    if damage == 'head file': file.unlink()
+    elif damage == 'truncated': file.write_bytes(file.read_bytes()[:-8])
+    else:
+        if damage.endswith('missing'): del state[key]
+        elif damage.endswith('shape'): state[key] = torch.zeros(1, 3)
+        else: state['surprise'] = torch.zeros(1)
+        save_file(state, file)
+    with pytest.raises(UserError, match=file.name): load_adapter(folder)
+
+
+def test_missing_backbone_weights_are_named(bases, tmp_path):
+    shutil.copytree(bases['llama'], tmp_path/'base')
+    weights = load_file(tmp_path/'base'/'model.safetensors')
+    del weights['layers.1.mlp.up_proj.weight']
+    save_file(weights, tmp_path/'base'/'model.safetensors', metadata=dict(format='pt'))
+    for q in ('none', 'nf4'):
+        with pytest.raises(UserError, match=r'would be random: layers\.1\.mlp\.up_proj\.weight'): load_model(ModelConfig(str(tmp_path/'base'), quantization=q))
+
+
+def test_folders_that_are_no_model(bases, tmp_path):
+    def refused(match, **kwargs):
+        with pytest.raises(UserError, match=match): load_model(ModelConfig(str(tmp_path/'base'), **kwargs))
+    refused('no such file or folder')
+    (tmp_path/'base').mkdir()
+    refused('no config.json')
+    shutil.copy(bases['llama']/'config.json', tmp_path/'base')
+    refused('weights missing: model.safetensors')
+    (tmp_path/'base'/'pytorch_model.bin').write_bytes(b'x')
+    refused('only pickled weights')
+    (tmp_path/'base'/'model.safetensors.index.json').write_text('{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}')
+    (tmp_path/'base'/'model-1.safetensors').write_bytes(b'x')
+    (tmp_path/'base'/'pytorch_model.bin').unlink()
+    refused('weights missing: model-2.safetensors')
+    (tmp_path/'base'/'model.safetensors.index.json').unlink()
+    (tmp_path/'base'/'model.safetensors').write_bytes((bases['llama']/'model.safetensors').read_bytes()[:1000])
+    refused('weights not readable')
+    (tmp_path/'base'/'config.json').write_text('{"model_type": "no-such-model"}')
+    refused('does not know this model')
+
+
+@pytest.mark.parametrize('wrong, match', [
+    (dict(layers=3), 'has 2 layers'), (dict(lora_layers='1:5'), 'the model has 2 layers'), (dict(targets='q_prj'), 'self_attn.q_proj'), (dict(targets=','), 'no linear layer')])
+def test_settings_that_do_not_fit_the_model(bases, wrong, match):
+    with pytest.raises(UserError, match=match): load_model(ModelConfig(str(bases['llama']), **wrong))
+
+
+@pytest.mark.parametrize('wrong', [dict(head='pairs'), dict(quantization='int4'), dict(dtype='fp16'), dict(pooling='max'), dict(n_classes=4), dict(rank=-1), dict(alpha=0),
+                                   dict(dropout=1), dict(layers=0)])
+def test_settings_that_cannot_work(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))): ModelConfig('x', **wrong)
+
+
+def test_odd_sizes_in_4_bit_on_a_cpu_are_refused(tmp_path):
+    from transformers import AutoModel
+    AutoModel.from_config(family_config('llama', hidden_size=96, num_attention_heads=6, num_key_value_heads=6)).save_pretrained(tmp_path/'base')
+    with pytest.raises(UserError, match='multiples of 64'): load_model(ModelConfig(str(tmp_path/'base'), quantization='nf4'))
+    load_model(ModelConfig(str(tmp_path/'base'), quantization='int8'))
+
+
+def test_a_base_stored_in_4_bit(bases, tmp_path):
+    from transformers import AutoModel, BitsAndBytesConfig
+    stored = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    AutoModel.from_pretrained(bases['llama'], quantization_config=stored, device_map={'': 'cpu'}).save_pretrained(tmp_path/'base')
+    with pytest.raises(UserError, match='set quantization=nf4'): load_model(ModelConfig(str(tmp_path/'base')))
+    small, stored = (trained(ModelConfig(str(p), quantization='nf4', rank=4)) for p in (bases['llama'], tmp_path/'base'))
+    torch.testing.assert_close(logits_of(stored, make_batch()), logits_of(small, make_batch()), rtol=1e-4, atol=1e-5)   # our compute dtype, not the stored one
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a CUDA device')
+def test_cuda_without_a_device_is_refused(bases):
+    with pytest.raises(UserError, match='no CUDA device'): load_model(ModelConfig(str(bases['llama'])), 'cuda:0')
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
+@pytest.mark.parametrize('quantization', ['nf4', 'int8'])
+def test_gpu_fp16_step_is_finite(bases, quantization):
+    model = load_model(ModelConfig(str(bases['gemma2']), quantization=quantization, dtype='float16', rank=4, checkpointing=True), 'cuda:0')
+    optimizer, scaler, batch = torch.optim.AdamW(head_parameters(model) + adapter_parameters(model), 1e-3), torch.amp.GradScaler('cuda'), make_batch().to('cuda:0')
+    losses = []
+    for _ in range(5):
+        model.train()
+        loss = torch.nn.functional.cross_entropy(model(batch), torch.tensor([0, 1], device='cuda:0'))
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+        assert logits_of(model, batch).isfinite().all()
+    assert all(np.isfinite(losses)) and losses[-1] < losses[0]

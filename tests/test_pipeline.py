@@ -1,0 +1,162 @@
+"The whole job with tiny models: kernels under papermill, precisions, heads, one and two processes, bad runs."
+import os
+import subprocess
+import sys
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from test_model import family_config
+from test_prompt import CHATML, make_tokenizer
+
+from underdog.blend import check_submission
+from underdog.competition import LMSYS
+from underdog.core import RunFolder, UserError, read_json, write_json
+from underdog.data import read_rows, swap_probs, swap_rows, write_rows
+from underdog.infer import InferConfig, infer
+from underdog.kernels import find_kernel, kernel_parameters, run_kernel
+from underdog.launch import columns, train
+from underdog.model import ModelConfig
+from underdog.prompt import PromptConfig, Prompter
+from underdog.sample import write_sample
+from underdog.train import TrainConfig
+
+P = ['p_a', 'p_b', 'p_tie']
+
+
+@pytest.fixture(scope='session')
+def world(tmp_path_factory):
+    "A folder with a small generated competition and tiny base models with tokenizers."
+    root = tmp_path_factory.mktemp('world')
+    os.environ['UNDERDOG_CACHE'] = str(root/'cache')
+    write_sample(root, n_train=60, n_test=20)
+    from transformers import AutoModel
+    for family in ('llama', 'bert', 'deberta'):
+        torch.manual_seed(0)
+        AutoModel.from_config(family_config(family, vocab_size=512, max_position_embeddings=256)).save_pretrained(root/family)
+        make_tokenizer(root/family, CHATML if family == 'llama' else None, encoder=family != 'llama', whitespace=family == 'deberta')
+    return root
+
+
+def small_run(world, out, family='llama', head='pair', quantization='none', processes=1, **cfg):
+    base = str(world/family)
+    settings = dict(n_folds=3, lr=1e-2, head_lr=1e-2, batch_rows=8) | cfg
+    return train(out, world/'train.csv', ModelConfig(base, head=head, quantization=quantization, rank=4, dropout=0.), PromptConfig(base, head=head, max_length=128, min_keep=4),
+                 TrainConfig(**settings), processes=processes)
+
+
+def probabilities(table, prefix='p'): return table[[f'{prefix}_{c}' for c in LMSYS.classes]].to_numpy()
+
+
+def test_kernels_from_train_csv_to_submission(world, tmp_path):
+    "train, infer and blend run under papermill; the submission is valid and the report is one self-contained page."
+    run_kernel('train', dict(train_csv=str(world/'train.csv'), model=str(world/'llama'), out=str(tmp_path/'run'), max_length='128', n_folds='3', rank='4', lr='1e-3'), tmp_path)
+    run_kernel('infer', dict(run=str(tmp_path/'run'), test_csv=str(world/'test.csv'), out=str(tmp_path/'pred')), tmp_path)
+    done = run_kernel('blend', dict(runs=str(tmp_path/'run'), predictions=str(tmp_path/'pred'), sample_submission=str(world/'sample_submission.csv'), out=str(tmp_path)), tmp_path)
+    assert check_submission(tmp_path/'submission.csv', LMSYS, world/'sample_submission.csv') == 20
+    page = (tmp_path/'report.html').read_text()
+    assert page.count('data:image/png') >= 6 and 'src="http' not in page
+    scores = read_json(tmp_path/'scores.json')
+    assert set(scores) >= {'prior', 'length', 'tfidf', 'model', 'tta', 'blend', 'rows'}
+    run = RunFolder.open(tmp_path/'run')
+    assert run.status['state'] == 'finished' and run.config['train']['lr'] == 1e-3 and run.config['model']['quantization'] == 'nf4'
+    assert not any(o.output_type == 'error' for c in nbformat.read(done, 4).cells for o in c.get('outputs', []))
+
+
+@pytest.mark.parametrize('family,head,quantization,orders,start', [('llama', 'joint', 'int8', 'both', 'none'), ('bert', 'joint', 'none', 'random', 'floors'), ('deberta', 'pair', 'none', 'random', 'none')])
+def test_precisions_heads_and_backbones_train_and_obey_the_law_of_tta(world, tmp_path, family, head, quantization, orders, start):
+    "Every kind of run trains; predictions of the exchanged test file are the exchanged predictions."
+    run = small_run(world, tmp_path/'run', family, head, quantization, orders=orders, start=start)
+    metrics = run.metrics()
+    assert np.isfinite(metrics['loss'].dropna()).all() and (metrics['grad_norm'].dropna() > 0).all()
+    rows, _ = read_rows(world/'test.csv', labelled=False)
+    write_rows(tmp_path/'swapped.csv', swap_rows(rows), LMSYS)
+    there, back = infer(run.path, world/'test.csv', tmp_path/'o1'), infer(run.path, tmp_path/'swapped.csv', tmp_path/'o2')
+    assert there['id'].tolist() == rows['id'].tolist()
+    tolerance = 2e-2 if quantization == 'int8' else 1e-5   # int8 rounds by the largest value of a batch, which depends on the order
+    np.testing.assert_allclose(probabilities(there), swap_probs(probabilities(back)), atol=tolerance)
+    np.testing.assert_allclose(probabilities(there).sum(1), 1)
+
+
+def test_two_processes_make_the_run_of_one(world, tmp_path):
+    "Under gloo with two processes, losses and held-out predictions equal those of a single process: rows are weighted, not batches."
+    one, two = (small_run(world, tmp_path/f'run{n}', quantization='none', processes=n) for n in (1, 2))
+    np.testing.assert_allclose(one.metrics()['loss'].dropna(), two.metrics()['loss'].dropna(), atol=2e-4)
+    np.testing.assert_allclose(pd.read_parquet(one.oof_file)[P], pd.read_parquet(two.oof_file)[P], atol=2e-3)
+    assert '2 process(es)' in (two.path/'train.log').read_text()
+
+
+def test_training_from_the_floors_begins_at_the_floor_and_infers_with_it(world, tmp_path):
+    "The first loss is that of the best floor on the first rows; held-out rows predicted as a test file give the held-out probabilities."
+    run = small_run(world, tmp_path/'run', quantization='nf4', start='floors')
+    rows, best = pd.read_parquet(run.path/'rows.parquet'), run.config['best_floor']
+    from underdog.train import row_order, split_steps
+    first = np.flatnonzero(~rows['held'])[split_steps(row_order((~rows['held']).sum(), 1, 0), 8)[0]]
+    y, p = (rows.iloc[first][columns(x, LMSYS)].to_numpy() for x in ('y', f'floor_{best}'))
+    assert run.metrics()['loss'].iloc[0] == pytest.approx(-(y*np.log(p)).sum(1).mean(), abs=2e-2)
+    df, _ = read_rows(world/'train.csv')
+    held = df[rows['held'].to_numpy()].reset_index(drop=True)
+    write_rows(tmp_path/'held.csv', held, LMSYS)
+    oof = pd.read_parquet(run.oof_file).set_index('id').loc[held['id']]
+    np.testing.assert_allclose(probabilities(infer(run.path, tmp_path/'held.csv', tmp_path/'out')), oof[P], atol=1e-4)
+
+
+def test_training_ids_are_inference_ids(world):
+    "The tokens that training stored for a row are those that a prompter rebuilt from the run's config makes."
+    df, _ = read_rows(world/'train.csv')
+    cfg = PromptConfig(str(world/'llama'), max_length=128)
+    labelled, bare = Prompter(cfg), Prompter(cfg)
+    for i in range(len(df)): assert labelled.segments(df.iloc[i]) == bare.segments(df.drop(columns=list(LMSYS.classes)).iloc[i])
+
+
+@pytest.fixture(scope='session')
+def finished(world, tmp_path_factory): return small_run(world, tmp_path_factory.mktemp('finished')/'run')
+
+
+@pytest.mark.parametrize('change,message', [(dict(template_hash='x'), 'template'), (dict(base_hash='x'), 'not the base model')])
+def test_a_run_of_another_template_or_base_is_refused(world, finished, tmp_path, change, message):
+    config = finished.config
+    write_json(finished.config_file, config | change)
+    try:
+        with pytest.raises(UserError, match=message): infer(finished.path, world/'test.csv', tmp_path/'out')
+    finally: write_json(finished.config_file, config)
+    assert not (tmp_path/'out').exists()
+
+
+def test_bad_input_stops_before_the_subprocess(world, finished, tmp_path):
+    with pytest.raises(UserError, match='no such file'): infer(finished.path, tmp_path/'none.csv', tmp_path/'out')
+    with pytest.raises(UserError, match='not a run folder'): infer(world, world/'test.csv', tmp_path/'out')
+    with pytest.raises(UserError, match='winner_'): train(tmp_path/'run', world/'test.csv', ModelConfig(str(world/'llama')))
+    (tmp_path/'empty').mkdir()
+    with pytest.raises(UserError): train(tmp_path/'run', world/'train.csv', ModelConfig(str(tmp_path/'empty')))
+    assert not (tmp_path/'run').exists() and not (tmp_path/'out').exists()
+
+
+@pytest.mark.parametrize('kernel', ['train', 'infer', 'blend'])
+def test_kernels_are_fit_for_kaggle(kernel):
+    "One parameters cell with a comment for each parameter, a kernelspec, no stored outputs, nothing like a key."
+    path = find_kernel(kernel)
+    nb, parameters = nbformat.read(path, 4), kernel_parameters(path)
+    assert nb.metadata.kernelspec.name == 'python3'
+    assert all(comment for _, comment in parameters.values())
+    assert not any(c.get('outputs') for c in nb.cells)
+
+
+def test_unknown_and_wrongly_typed_parameters_are_refused(tmp_path):
+    with pytest.raises(UserError, match='did you mean lr'): run_kernel('train', dict(lrr=1), tmp_path)
+    with pytest.raises(UserError, match='rank'): run_kernel('train', dict(rank='big'), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_line_says_one_line_and_exits_1(world, tmp_path):
+    (tmp_path/'bad.csv').write_text('id,prompt,response_a,response_b\n1,"[""x""","[""y""]","[""z""]"\n')
+    command = [sys.executable, '-c', 'from underdog.cli import main; main()']
+    for args in (['check', str(tmp_path/'bad.csv')], ['run', 'train', '-p', 'learning_rate=1', '--out', str(tmp_path/'o')], ['run', 'nothing'], ['show', str(world/'train.csv'), '--model', str(tmp_path)],
+                 ['submission', str(world/'train.csv'), '--sample', str(world/'sample_submission.csv')]):
+        done = subprocess.run([*command, *args], capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.startswith('underdog: ') and 'Traceback' not in done.stderr, args
+        assert len(done.stderr.strip().splitlines()) == 1
+    done = subprocess.run([*command, 'show', str(world/'train.csv'), '--model', str(world/'llama'), '--row', '2'], capture_output=True, text=True)
+    assert done.returncode == 0 and 'sequence' in done.stdout.lower()
