@@ -80,7 +80,7 @@ def test_something_never_seen_moves_the_odds_only_so_far():
     plain = make_rows(200, label=lambda rng, a, b: rng.integers(3))
     plain.at[0, 'response_a'] = ['? ' + plain['response_a'][0][0]]   # one question mark in all rows
     odd = plain.iloc[[1]].assign(response_a=[['?'*5000 + '9'*5000 + '!'*5000]])
-    for p in Floors.fit(plain, LMSYS).predict(odd).values(): assert p.min() > .02
+    for p in Floors.fit(plain, LMSYS).predict(odd).values(): assert p.min() > .001   # labels are noise here; without the cut it is 1e-9 and less
 
 
 # ---- what they learn

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FLOORS', 'features', 'Floors', 'cross_predict', 'best_floor']
 
-# %% ../../nbs/02b_floors.ipynb #c3b19fe5
+# %% ../../nbs/02b_floors.ipynb #af4adde4
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from .competition import Competition, get_competition
 from .core import UserError, atomic_path, read_json, resolve_input, write_json
 from .data import TEXTS, labels_of, prompt_groups, swap_probs, swap_rows
 
-# %% ../../nbs/02b_floors.ipynb #40afa28e
+# %% ../../nbs/02b_floors.ipynb #49307b57
 _COUNTS = {'characters': len, 'words': lambda t: len(t.split()), 'lines': lambda t: t.count('\n') + 1, 'list items': lambda t: len(re.findall(r'^\s*(?:[-*•]|\d+[.)])\s', t, re.M)),
            'bold': lambda t: t.count('**')//2, 'headings': lambda t: len(re.findall(r'^#+ ', t, re.M)), 'code blocks': lambda t: t.count('```')//2,
            'digits': lambda t: sum(map(str.isdigit, t)), 'questions': lambda t: t.count('?'), 'exclamations': lambda t: t.count('!'), 'colons': lambda t: t.count(':'),
@@ -33,14 +33,14 @@ def features(df):
     share = (a[:, :2] - b[:, :2])/(1 + np.minimum(a[:, :2], b[:, :2]))   # a difference means less between long answers
     return np.hstack([a - b, share, np.tanh(a - b)]), np.hstack([np.abs(a - b), (a + b)/2, p[:, :2], same])
 
-# %% ../../nbs/02b_floors.ipynb #d1d48c9b
+# %% ../../nbs/02b_floors.ipynb #8f92b0ff
 def _design(odd, even, sign):
     "Features of rows shown as (A, B) for sign 1, as (B, A) for sign -1."
     return np.hstack([sign*odd, even])
 
 def _standardize(x, mean, scale):
-    "Standard units, cut at 6: a count never seen in training must not move the odds without limit."
-    return np.clip((x - mean)/scale, -6, 6)
+    "Standard units, cut at 4: a count never seen in training must not move the odds without limit."
+    return np.clip((x - mean)/scale, -4, 4)
 
 def _fit_logistic(x, y, c):
     "Coefficients (C, F) and intercepts (C,) of a multinomial logistic regression on soft labels `y` (n, C)."
@@ -61,7 +61,7 @@ def _softmax(z):
 
 def _loss(y, p): return float(-(y*np.log(np.clip(p, 1e-12, 1))).sum(1).mean())
 
-# %% ../../nbs/02b_floors.ipynb #36d5ad37
+# %% ../../nbs/02b_floors.ipynb #01e34809
 _HASHED = 2**16
 
 def _hashed(texts):
@@ -147,7 +147,7 @@ def _shapes(k):
     f = sum(x.shape[1] for x in features({c: [['']] for c in TEXTS}))
     return dict(prior=(k,), mean=(f,), scale=(f,), idf=(_HASHED,), length_coef=(k, f), length_intercept=(k,), tfidf_coef=(k, _HASHED + f), tfidf_intercept=(k,))
 
-# %% ../../nbs/02b_floors.ipynb #0326a354
+# %% ../../nbs/02b_floors.ipynb #eb617bcf
 def _fit_shrunk(name, x, y, groups, prior, strengths, k=3, most=4000):
     "{name_coef, name_intercept}: the best of `strengths`, shrunk towards the prior by the best factor, both out of fold over prompt `groups`."
     log_prior = np.log(prior/prior.sum())
@@ -165,7 +165,7 @@ def _fit_shrunk(name, x, y, groups, prior, strengths, k=3, most=4000):
     w, b = _fit_logistic(x, y, best[1])
     return {f'{name}_coef': best[2]*w, f'{name}_intercept': best[2]*b + (1 - best[2])*log_prior}
 
-# %% ../../nbs/02b_floors.ipynb #4d1d3d67
+# %% ../../nbs/02b_floors.ipynb #caa5e3a9
 FLOORS = ('prior', 'length', 'tfidf')
 
 def cross_predict(df, comp, folds):
