@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from underdog.competition import COMPETITIONS, LLM_FINETUNING, LMSYS, WSDM, detect_competition, get_competition

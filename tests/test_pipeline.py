@@ -15,7 +15,7 @@ from underdog.blend import check_submission
 from underdog.competition import LMSYS
 from underdog.core import RunFolder, UserError, read_json, write_json
 from underdog.data import read_rows, swap_probs, swap_rows, write_rows
-from underdog.infer import InferConfig, infer
+from underdog.infer import infer
 from underdog.kernels import find_kernel, kernel_parameters, run_kernel
 from underdog.launch import columns, train
 from underdog.model import ModelConfig
