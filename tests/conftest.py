@@ -2,9 +2,12 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+settings.register_profile('busy', deadline=None, suppress_health_check=[HealthCheck.too_slow])   # laws hold on a busy machine too
+settings.load_profile('busy')
 REPO = Path(__file__).resolve().parents[1]
 
 

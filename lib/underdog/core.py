@@ -7,7 +7,7 @@ __all__ = ['UserError', 'nearest', 'atomic_path', 'atomic_write', 'write_json', 
            'build_id', 'versions', 'convert', 'coerce', 'cache_folder', 'on_kaggle', 'resolve_input', 'pick_dtype',
            'seed_everything', 'peak_memory_gb', 'quiet', 'RunFolder']
 
-# %% ../../nbs/00_core.ipynb #49e49f7a
+# %% ../../nbs/00_core.ipynb #bfa0ef37
 import difflib, hashlib, json, logging, os, sys, tempfile, types, typing, warnings
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-# %% ../../nbs/00_core.ipynb #0d971fc1
+# %% ../../nbs/00_core.ipynb #e1297c4c
 class UserError(ValueError):
     "A mistake of the user's: the message says what, where and how to mend it."
 
@@ -25,7 +25,7 @@ def nearest(name, known):
     close = difflib.get_close_matches(str(name), [str(k) for k in known], n=3, cutoff=.5)
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(map(str, known))}"
 
-# %% ../../nbs/00_core.ipynb #9322a923
+# %% ../../nbs/00_core.ipynb #84d84075
 @contextmanager
 def atomic_path(path):
     "Yield a temporary sibling of `path`; it replaces `path` when the block ends well and vanishes when it does not."
@@ -50,7 +50,7 @@ def atomic_write(path, content):
     "Write text (UTF-8) or bytes to `path` in one step."
     with atomic_path(path) as tmp: tmp.write_bytes(content.encode('utf-8') if isinstance(content, str) else content)
 
-# %% ../../nbs/00_core.ipynb #c728db0f
+# %% ../../nbs/00_core.ipynb #1c1e696e
 def _plain(obj):
     "What json cannot write by itself: numpy scalars and arrays, paths."
     if isinstance(obj, np.generic): return obj.item()
@@ -69,7 +69,7 @@ def read_json(path):
     except FileNotFoundError: raise UserError(f'{path}: no such file') from None
     except (ValueError, OSError, RecursionError) as e: raise UserError(f'{path}: not readable as JSON ({e}); restore it or run its stage again') from None
 
-# %% ../../nbs/00_core.ipynb #a6527a90
+# %% ../../nbs/00_core.ipynb #7e247a05
 def fingerprint(*parts):
     "16 hex characters that depend on every part: str, bytes, arrays, or anything json can write (keys sorted)."
     h = hashlib.sha256()
@@ -100,7 +100,7 @@ def versions():
         except PackageNotFoundError: found[name] = None
     return found
 
-# %% ../../nbs/00_core.ipynb #1ac469e0
+# %% ../../nbs/00_core.ipynb #5b2d8172
 def convert(value, kind, name):
     "`value` as `kind` (int, float, bool, str, or one of them | None); text is understood as a number where one is wanted."
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
@@ -125,7 +125,7 @@ def coerce(cls, values):
     if needed: raise UserError(f"{cls.__name__} needs {', '.join(needed)}; give a value")
     return cls(**{k: convert(v, hints[k], k) for k, v in values.items()})
 
-# %% ../../nbs/00_core.ipynb #29bb7104
+# %% ../../nbs/00_core.ipynb #1d246b46
 def cache_folder():
     "Where what can be made again is kept: $UNDERDOG_CACHE, on Kaggle /kaggle/tmp (not saved with the output), else the user's cache folder."
     return Path(os.environ.get('UNDERDOG_CACHE') or ('/kaggle/tmp/underdog' if on_kaggle() else Path.home()/'.cache'/'underdog'))
@@ -160,7 +160,7 @@ def _tree(root, limit=30):
     names = [str(p.relative_to(root)) for pattern in ('*', '*/*', '*/*/*') for p in sorted(root.glob(pattern))]
     return ', '.join(names[:limit]) + (' …' if len(names) > limit else '') if names else 'nothing'
 
-# %% ../../nbs/00_core.ipynb #36fdacc5
+# %% ../../nbs/00_core.ipynb #9a92924d
 def pick_dtype(device='cuda:0'):
     "(torch dtype, reason) for compute on `device`: fp32 on CPU, bf16 from compute capability 8.0, fp16 below (T4: no bf16 units)."
     import torch
@@ -182,6 +182,8 @@ def peak_memory_gb():
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated(): return torch.cuda.max_memory_allocated()/1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)/1e9
 
+warnings.filterwarnings('ignore', message='IProgress not found')   # at import, as tqdm says it at import: text bars are what is meant
+
 def quiet():
     "Silence chatter of the libraries that is known to be harmless; warnings of ours and errors stay."
     for name in ('transformers', 'bitsandbytes', 'accelerate', 'datasets', 'peft', 'papermill', 'httpx'): logging.getLogger(name).setLevel(logging.ERROR)
@@ -191,7 +193,7 @@ def quiet():
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
-# %% ../../nbs/00_core.ipynb #064b44dd
+# %% ../../nbs/00_core.ipynb #f0b5d84f
 @dataclass(frozen=True)
 class RunFolder:
     "Paths and small files of one run; made by `create`, checked by `open`."

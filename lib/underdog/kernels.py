@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['find_kernel', 'kernel_parameters', 'check_parameters', 'run_kernel']
 
-# %% ../../nbs/09a_kernels.ipynb #2feee802
+# %% ../../nbs/09a_kernels.ipynb #54be54e2
 import ast, sys
 from pathlib import Path
 
 from .core import UserError, convert, nearest
 
-# %% ../../nbs/09a_kernels.ipynb #a7471a73
+# %% ../../nbs/09a_kernels.ipynb #512c1a6a
 def find_kernel(name):
     "Path of a kernel notebook: a path to an .ipynb, or the name of one in nbs/kernels of the checkout."
     path = Path(name)
@@ -47,7 +47,7 @@ def check_parameters(path, given):
         out[name] = value if default is None and not isinstance(value, str) else convert(value, float | None if default is None else type(default), name)
     return out
 
-# %% ../../nbs/09a_kernels.ipynb #8ea3a969
+# %% ../../nbs/09a_kernels.ipynb #186394cf
 def run_kernel(name, parameters, out):
     "Execute a kernel with checked `parameters`; the executed notebook is written to `out`/<kernel>.ipynb, whose path is returned. A failed kernel raises."
     import papermill as pm
@@ -56,7 +56,7 @@ def run_kernel(name, parameters, out):
     out.mkdir(parents=True, exist_ok=True)
     target = out/f'{path.stem}.ipynb'
     print(f'== {path.stem} ==', flush=True)
-    try: pm.execute_notebook(path, target, values, kernel_name='python3', progress_bar=False, log_output=True, stdout_file=sys.stdout, stderr_file=sys.stderr, cwd=None)
+    try: pm.execute_notebook(path, target, values, kernel_name='python3', progress_bar=False, log_output=True, stdout_file=sys.stdout, stderr_file=sys.stderr, extra_arguments=['--log-level=ERROR'])
     except pm.PapermillExecutionError as e:
         if e.ename == 'UserError': raise UserError(e.evalue) from None
         raise RuntimeError(f'{path.stem}: {e.ename}: {e.evalue} (cell {e.exec_count}; the executed notebook is {target})') from None

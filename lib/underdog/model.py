@@ -8,7 +8,7 @@ __all__ = ['DTYPES', 'CHOICES', 'ModelConfig', 'weight_files', 'base_hash', 'bac
            'checkpoint_head', 'pool', 'unswap', 'PreferenceModel', 'load_model', 'head_parameters',
            'adapter_parameters']
 
-# %% ../../nbs/05_model.ipynb #ec0fbb66
+# %% ../../nbs/05_model.ipynb #d50b37da
 import re, warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from torch import nn
 
 from .core import UserError, fingerprint, nearest, pick_dtype, quiet, read_json, resolve_input
 
-# %% ../../nbs/05_model.ipynb #498f190e
+# %% ../../nbs/05_model.ipynb #5f0b396b
 DTYPES = dict(float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16)
 CHOICES = dict(head=('pair', 'joint'), quantization=('none', 'nf4', 'int8'), dtype=('auto', *DTYPES), pooling=('auto', 'mean', 'read', 'last', 'first'))
 
@@ -52,7 +52,7 @@ class ModelConfig:
         if not 0 <= self.dropout < 1: raise UserError(f'dropout={self.dropout}: a share in [0, 1) wanted')
         if self.layers is not None and self.layers < 1: raise UserError(f'layers={self.layers}: at least 1 wanted (leave it out to keep all)')
 
-# %% ../../nbs/05_model.ipynb #87888aac
+# %% ../../nbs/05_model.ipynb #a5d399a5
 def weight_files(path):
     "The safetensors files that hold the weights of the model folder `path`, in order; `UserError` when it is none."
     path = Path(path)
@@ -83,7 +83,7 @@ def base_hash(path):
     files = weight_files(path)
     return fingerprint((path/'config.json').read_bytes(), *[part for f in files for part in (f.name, f.stat().st_size, _ends(f))])
 
-# %% ../../nbs/05_model.ipynb #218432f2
+# %% ../../nbs/05_model.ipynb #6b5ffec0
 def backbone_config(path, layers=None):
     "The transformers config of a text model folder, with only the first `layers` layers, no cache and no attention softcap."
     from transformers import AutoConfig
@@ -102,7 +102,7 @@ def backbone_config(path, layers=None):
     if getattr(config, 'attn_logit_softcapping', None) is not None: config.attn_logit_softcapping = None
     return config
 
-# %% ../../nbs/05_model.ipynb #a95b33c1
+# %% ../../nbs/05_model.ipynb #fb9fe06f
 def _load_bitsandbytes():
     "Import bitsandbytes with its CPU kernel without a backward pass switched off (LoRA's gradients are then wrong)."
     try: import bitsandbytes.nn.modules as modules
@@ -168,7 +168,7 @@ def _check_blocks(backbone, cfg, device, dtype):
             raise UserError(f'{cfg.path}: {name} is {m.in_features} x {m.out_features}; 4-bit on a CPU wants multiples of 64: '
                             'use quantization=none there')
 
-# %% ../../nbs/05_model.ipynb #4ba72f0b
+# %% ../../nbs/05_model.ipynb #b1f3d5e6
 def linear_layers(backbone):
     "Dict of the linear layers in numbered blocks: name -> number of the block."
     found = {n: re.search(r'(?:^|\.)(\d+)\.', n) for n, m in backbone.named_modules() if isinstance(m, nn.Linear)}
@@ -212,7 +212,7 @@ def add_lora(backbone, cfg):
         if p.requires_grad: p.data = p.data.float()   # fp16 parameters cannot be unscaled by a GradScaler
     return model
 
-# %% ../../nbs/05_model.ipynb #5d10de70
+# %% ../../nbs/05_model.ipynb #9bb3baad
 class PairHead(nn.Module):
     "Scores (2B,h): the first answers, then the second ones -> logits (B,C) of first, second[, tie]. No bias: it would cancel."
     def __init__(self, hidden, n_classes=3, act=''):
@@ -247,7 +247,7 @@ def make_head(cfg, hidden):
     for p in head.parameters(): nn.init.zeros_(p) if p.dim() < 2 else p.data.normal_(0, .02*hidden**-.5, generator=generator)
     return head.float()
 
-# %% ../../nbs/05_model.ipynb #35dcf766
+# %% ../../nbs/05_model.ipynb #ce7ed7b3
 def _find_tensors(path, ends):
     "Tensors of a model folder by the end of their names: dict end -> tensor, those found."
     found = {}
@@ -271,7 +271,7 @@ def checkpoint_head(path, cfg, config):
     if act is None or 'pooler.dense.weight' not in found: return None
     return state | {'dense.0.weight': found['pooler.dense.weight'], 'dense.0.bias': found['pooler.dense.bias']}, act, 'first'
 
-# %% ../../nbs/05_model.ipynb #bd92b2e4
+# %% ../../nbs/05_model.ipynb #7f1d7b89
 def pool(hidden, batch, how):
     "(S,T,h) hidden states -> (S,h) float32."
     mask, rows = batch.attention_mask, torch.arange(len(hidden), device=hidden.device)
@@ -290,7 +290,7 @@ def unswap(logits, swapped):
     other = torch.cat([logits[:, [1, 0]], logits[:, 2:]], 1)
     return torch.where(swapped.to(logits.device)[:, None], other, logits)
 
-# %% ../../nbs/05_model.ipynb #39f0cb40
+# %% ../../nbs/05_model.ipynb #94f18d00
 class PreferenceModel(nn.Module):
     """Frozen backbone with LoRA, pooling and an fp32 head.
 
@@ -301,10 +301,13 @@ class PreferenceModel(nn.Module):
 
     def forward(self, batch):
         "`Batch` -> logits (B,C) float32 whose classes refer to the original a and b, also where `batch.swapped`."
-        kind = batch.input_ids.device.type
-        with torch.autocast(kind, dtype=self.dtype) if self.dtype != torch.float32 else nullcontext():
+        with torch.autocast(batch.input_ids.device.type, enabled=False): return unswap(self.head(self.features(batch)), batch.swapped)
+
+    def features(self, batch):
+        "`Batch` -> pooled hidden states (S,h) float32 of its sequences: what the head reads."
+        with torch.autocast(batch.input_ids.device.type, dtype=self.dtype) if self.dtype != torch.float32 else nullcontext():
             hidden = self.backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
-        with torch.autocast(kind, enabled=False): return unswap(self.head(pool(hidden, batch, self.cfg.pooling)), batch.swapped)
+        return pool(hidden, batch, self.cfg.pooling)
 
 def load_model(cfg, device='cpu', lora=True):
     "The model of `cfg` on `device` ('cpu', 'cuda:0'), without LoRA if not `lora`; nothing in it is random except LoRA's A and a seeded head."

@@ -6,7 +6,7 @@
 __all__ = ['TOPICS', 'QUESTIONS', 'BODIES', 'MORE', 'MANNERS', 'WEIGHTS', 'davidson', 'Sample', 'expected_loss', 'make_sample',
            'write_sample']
 
-# %% ../../nbs/02a_sample.ipynb #6856e145
+# %% ../../nbs/02a_sample.ipynb #789c0d5b
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from .competition import LMSYS
 from .core import UserError, atomic_path, write_json
 from .data import write_rows
 
-# %% ../../nbs/02a_sample.ipynb #dfc88ea5
+# %% ../../nbs/02a_sample.ipynb #d369a842
 TOPICS = {k: v.split() for k, v in {
     'baking bread': 'flour yeast dough oven', 'growing tomatoes': 'soil seedlings sunlight compost', 'learning chess': 'openings pawns endgames tactics',
     'repairing bicycles': 'chain brakes spokes pedals', 'watching birds': 'binoculars feathers nests songbirds', 'painting walls': 'primer rollers brushes plaster',
@@ -46,7 +46,7 @@ MANNERS = {1: ['What a lovely question, I am happy to help.', 'Great that you as
                 'People like you should not even try.', 'This is beneath me, to be honest.', 'You will get it wrong as always.', 'I hate answering such nonsense.']}
 WEIGHTS = dict(on_topic=0.8, in_order=1.0, manner=1.8, sentence=0.15, tie=-0.5)
 
-# %% ../../nbs/02a_sample.ipynb #503246b3
+# %% ../../nbs/02a_sample.ipynb #70e6a158
 def _answer(topic, rng):
     "(text, quality) of one answer to a question about `topic`."
     on_topic, in_order, manner = rng.random() < .65, rng.random() < .75, int(rng.choice([-1, 0, 1]))
@@ -65,7 +65,7 @@ def davidson(s_a, s_b, tie=WEIGHTS['tie']):
     e = np.exp(z - z.max(-1, keepdims=True))
     return e/e.sum(-1, keepdims=True)
 
-# %% ../../nbs/02a_sample.ipynb #64c4380f
+# %% ../../nbs/02a_sample.ipynb #5da2625d
 def _odd_rows(df, s, rng):
     "Change the first rows of `df` (and their qualities `s`) in place into every odd case of the real file."
     def put(i, **cells):
@@ -96,7 +96,7 @@ def _odd_rows(df, s, rng):
 
 def _topic(question): return next(t for t in TOPICS if t in question)
 
-# %% ../../nbs/02a_sample.ipynb #16c222d6
+# %% ../../nbs/02a_sample.ipynb #bb6ee88b
 @dataclass(frozen=True)
 class Sample:
     "A generated competition: rows as they are written (null turns, half emoji: `read_rows` repairs them), and the true probabilities (n, 3) of their classes."
@@ -115,7 +115,7 @@ def expected_loss(true):
 def _rows(n, rng, odd):
     "(rows, true probabilities) of `n` comparisons."
     topics = rng.choice(list(TOPICS), n)
-    prompts = [[f'{rng.choice(QUESTIONS).format(t)}' + (f' ({rng.choice(["case", "note", "part"])} {rng.integers(1, 1000)})' if rng.random() < .8 else '')] for t in topics]
+    prompts = [[f'{rng.choice(QUESTIONS).format(t)}' + (f' (#{rng.integers(1, 1000)})' if rng.random() < .8 else '')] for t in topics]
     drawn = [(_answer(t, rng), _answer(t, rng)) for t in topics]
     s = np.array([[a[1], b[1]] for a, b in drawn])
     df = pd.DataFrame({'id': rng.choice(2**32, n, replace=False), 'model_a': rng.choice(['model-x', 'model-y', 'model-z'], n), 'model_b': 'model-w',

@@ -7,7 +7,7 @@ __all__ = ['TrainConfig', 'lr_factor', 'row_order', 'split_steps', 'rank_share',
            'sum_gradients', 'train_step', 'make_optimizer', 'set_lr', 'progress', 'predict_logits', 'softmax',
            'predict_both', 'FitData', 'evaluation_steps', 'fit']
 
-# %% ../../nbs/06_train.ipynb #e4d1b246
+# %% ../../nbs/06_train.ipynb #ee182e8a
 import math, sys, time
 from dataclasses import dataclass, field
 
@@ -19,7 +19,7 @@ from .batch import collate, plan_batches
 from .core import UserError, peak_memory_gb
 from .layout import sequences
 
-# %% ../../nbs/06_train.ipynb #277eeba5
+# %% ../../nbs/06_train.ipynb #379f1e37
 @dataclass(frozen=True)
 class TrainConfig:
     "Settings of one training run; checks its values and says how to mend them."
@@ -33,6 +33,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0 # gradients are clipped to this norm
     orders: str = 'random'     # joint head: 'random' order per row, 'both' in the same step, or 'given'; the pair head needs none
     start: str = 'floors'      # 'floors': their out-of-fold log-probabilities are added to the logits; 'none'
+    probe_rows: int = 2000     # training rows on which a fresh pair head is fitted before the first step (linear probe); 0: none
     n_folds: int = 5           # prompt-grouped folds
     fold: int = 0              # the fold held out; -1 trains on every row
     evaluations: int = 2       # evaluations on the held-out fold, evenly spaced, the last one at the end
@@ -43,20 +44,21 @@ class TrainConfig:
         for name in ('epochs', 'batch_rows', 'batch_tokens', 'lr', 'head_lr', 'max_grad_norm', 'log_every', 'evaluations'):
             if not getattr(self, name) > 0: raise UserError(f'{name}={getattr(self, name)}: must be above 0')
         if not 0 <= self.warmup < 1: raise UserError(f'warmup={self.warmup}: a share of the steps, from 0 to below 1')
+        if self.probe_rows < 0: raise UserError(f'probe_rows={self.probe_rows}: a number of rows, or 0 for no probe')
         if self.weight_decay < 0: raise UserError(f'weight_decay={self.weight_decay}: must not be negative')
         if self.orders not in ('random', 'both', 'given'): raise UserError(f"orders={self.orders!r}: use 'random', 'both' or 'given'")
         if self.start not in ('floors', 'none'): raise UserError(f"start={self.start!r}: use 'floors' or 'none'")
         if self.n_folds < 2: raise UserError(f'n_folds={self.n_folds}: at least 2, so that rows can be held out')
         if not -1 <= self.fold < self.n_folds: raise UserError(f'fold={self.fold}: -1 (train on all rows) or 0 to {self.n_folds - 1}')
 
-# %% ../../nbs/06_train.ipynb #29864492
+# %% ../../nbs/06_train.ipynb #aecb6ae3
 def lr_factor(step, steps, warmup=0.1):
     "Share of the peak learning rate at `step` (0-based) of `steps`: linear warm-up, then cosine to 0 (Loshchilov & Hutter 2017)."
     rising = max(1, round(steps*warmup))
     if step < rising: return (step + 1)/rising
     return 0.5*(1 + math.cos(math.pi*(step - rising)/max(1, steps - rising)))
 
-# %% ../../nbs/06_train.ipynb #e3bf09e9
+# %% ../../nbs/06_train.ipynb #9f735688
 def row_order(n, epochs, seed):
     "`round(n*epochs)` row positions: one seeded permutation after the other."
     rng = np.random.default_rng(seed)
@@ -71,14 +73,14 @@ def rank_share(rows, lengths, rank, world):
     by_length = sorted(rows, key=lambda r: -lengths[r])
     return [r for i, r in enumerate(by_length) if rank == (i % world if (i//world) % 2 == 0 else world - 1 - i % world)]
 
-# %% ../../nbs/06_train.ipynb #f4f673fb
+# %% ../../nbs/06_train.ipynb #db56a37e
 def present(rows, orders, head, rng):
     "List of (row, swapped): the presentations of `rows` in one step."
     if head == 'pair' or orders == 'given': return [(r, False) for r in rows]
     if orders == 'both': return [(r, s) for r in rows for s in (False, True)]
     return [(r, bool(s)) for r, s in zip(rows, rng.random(len(rows)) < .5)]
 
-# %% ../../nbs/06_train.ipynb #f739b1f0
+# %% ../../nbs/06_train.ipynb #1f0ebd1e
 class RowSource:
     "Tokenized rows (`tokens`: a datasets.Dataset with prompt, a, b) and the frame of a prompter; makes batches."
     def __init__(self, tokens, prompter):
@@ -98,13 +100,13 @@ class RowSource:
         "Batches of at most `budget` padded tokens that hold every presentation of `shown` once."
         return [self.batch([shown[i] for i in part]) for part in plan_batches([self.lengths[r] for r, _ in shown], budget)]
 
-# %% ../../nbs/06_train.ipynb #7cf2f222
+# %% ../../nbs/06_train.ipynb #3a404144
 def row_losses(logits, y, offset=None):
     "Cross-entropy per row, in nats: `logits` (B,C), `y` (B,C) probabilities, `offset` (B,C) log-probabilities or None."
     if offset is not None: logits = logits + offset
     return -(y*F.log_softmax(logits.float(), -1)).sum(-1)
 
-# %% ../../nbs/06_train.ipynb #51d360bd
+# %% ../../nbs/06_train.ipynb #06ac4ed6
 def sum_gradients(params, accelerator):
     "Replace each gradient by its sum over all processes, in one message."
     if accelerator.num_processes == 1: return
@@ -127,7 +129,7 @@ def train_step(model, source, shown, y, offset, optimizer, params, accelerator, 
     optimizer.zero_grad()
     return total, tokens, float(norm)
 
-# %% ../../nbs/06_train.ipynb #94099f17
+# %% ../../nbs/06_train.ipynb #df1944cd
 def make_optimizer(model, cfg):
     "AdamW with two groups: adapters (`lr`, weight decay) and head (`head_lr`, none); `peak` keeps the rate the schedule scales."
     from underdog.model import adapter_parameters, head_parameters
@@ -140,7 +142,7 @@ def make_optimizer(model, cfg):
 def set_lr(optimizer, factor):
     for g in optimizer.param_groups: g['lr'] = g['peak']*factor
 
-# %% ../../nbs/06_train.ipynb #681d800a
+# %% ../../nbs/06_train.ipynb #b8df5236
 def progress(total, what, unit='row'):
     "A tqdm bar on stdout; in a log file (no terminal) it prints a line every ten seconds."
     from tqdm import tqdm
@@ -167,7 +169,7 @@ def predict_logits(model, source, rows, n_classes, swapped=False, budget=8192, a
     if world > 1: out = accelerator.reduce(out, 'sum')
     return out.cpu().numpy()
 
-# %% ../../nbs/06_train.ipynb #aeeb5198
+# %% ../../nbs/06_train.ipynb #0a816188
 def softmax(z):
     z = np.asarray(z, np.float64)
     e = np.exp(z - z.max(-1, keepdims=True))
@@ -183,7 +185,7 @@ def predict_both(model, source, rows, offset=None, tta=True, **kwargs):
     second = softmax(predict_logits(model, source, rows, n_classes, swapped=True, **{**kwargs, 'what': 'swapped'}) + offset)
     return dict(logits=first, one=one, both=(one + second)/2)
 
-# %% ../../nbs/06_train.ipynb #5e9ec008
+# %% ../../nbs/06_train.ipynb #b1b13010
 @dataclass
 class FitData:
     "Rows for one run: `source`, labels `y` (n,C), `offset` (n,C) log-probabilities or None, row positions `train` and `held`."
@@ -197,7 +199,7 @@ def evaluation_steps(steps, evaluations):
     "The (1-based) steps after which to evaluate: evenly spaced, the last step always among them."
     return sorted({round(steps*(i + 1)/evaluations) for i in range(evaluations)} - {0})
 
-# %% ../../nbs/06_train.ipynb #23979372
+# %% ../../nbs/06_train.ipynb #36895b6e
 def fit(model, data, cfg, accelerator, log=lambda **m: None, evaluate=lambda step: {}):
     "Train `model` on `data.train`: calls `log(step=…, loss=…, …)` every `log_every` steps and `evaluate(step)` at the planned steps."
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
