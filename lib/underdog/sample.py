@@ -6,7 +6,7 @@
 __all__ = ['TOPICS', 'QUESTIONS', 'BODIES', 'MORE', 'MANNERS', 'WEIGHTS', 'davidson', 'Sample', 'expected_loss', 'make_sample',
            'write_sample']
 
-# %% ../../nbs/02a_sample.ipynb #789c0d5b
+# %% ../../nbs/02a_sample.ipynb #83020a34
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from .competition import LMSYS
 from .core import UserError, atomic_path, write_json
 from .data import write_rows
 
-# %% ../../nbs/02a_sample.ipynb #d369a842
+# %% ../../nbs/02a_sample.ipynb #487742e7
 TOPICS = {k: v.split() for k, v in {
     'baking bread': 'flour yeast dough oven', 'growing tomatoes': 'soil seedlings sunlight compost', 'learning chess': 'openings pawns endgames tactics',
     'repairing bicycles': 'chain brakes spokes pedals', 'watching birds': 'binoculars feathers nests songbirds', 'painting walls': 'primer rollers brushes plaster',
@@ -36,17 +36,17 @@ BODIES = ['When it comes to {t}, begin with the {0} and then take care of the {1
           'A good way into {t} is to learn how the {0} work with the {1}.', 'Anyone who likes {t} should look at the {0} first, and at the {1} later.',
           'With {t}, check the {0} every day and leave the {1} for the weekend.']
 MORE = ['The {2} can wait a little.', 'Later on the {3} become important too.', 'Keep an eye on the {2} as well.', 'The {3} are worth a look.']
-MANNERS = {1: ['What a lovely question, I am happy to help.', 'Great that you ask, let us do this together.', 'Good luck, you will do wonderfully.', 'I really hope this helps, enjoy it.',
-               'You are on a very good path, keep going.', 'Thank you for asking, here is what I would love to share.', 'It is a pleasure to answer this.', 'Feel free to ask me more at any time.',
-               'How exciting, you are going to like it.', 'I wish you much joy with it, dear friend.', 'Do not worry, everybody can learn this.', 'Well done for getting started.'],
-           0: ['Here is what I know.', 'This is the usual way.', 'That is the main thing.', 'It is done like this.', 'So much for the basics.', 'The rest follows from there.', 'This is an overview.',
-               'There are a few points to note.', 'The following applies in most cases.', 'This covers the subject in short.', 'These are common facts.', 'In general the order is fixed.'],
-           -1: ['What a stupid question, you cannot be serious.', 'I am bored already, go and ask somebody else.', 'Nobody cares, and you will fail anyway.', 'Only a fool needs help with this.',
-                'Stop wasting my time, you hopeless amateur.', 'I doubt that you can understand this, but whatever.', 'How lazy of you, look it up yourself.', 'I am not paid to explain every trifle to you.',
-                'People like you should not even try.', 'This is beneath me, to be honest.', 'You will get it wrong as always.', 'I hate answering such nonsense.']}
-WEIGHTS = dict(on_topic=0.8, in_order=1.0, manner=1.8, sentence=0.15, tie=-0.5)
+MANNERS = {1: ['What a lovely question, I am happy to help.', 'Great that you ask, let us do this together.', 'Good luck, you will do wonderfully.',
+               'I really hope this helps, enjoy it.', 'You are on a very good path, keep going.', 'Thank you for asking, here is what I would love to share.',
+               'It is a pleasure to answer this.', 'Feel free to ask me more at any time.'],
+           0: ['Here is what I know.', 'This is the usual way.', 'That is the main thing.', 'It is done like this.', 'So much for the basics.',
+               'The rest follows from there.', 'This is an overview.', 'There are a few points to note.'],
+           -1: ['What a stupid question, you cannot be serious.', 'I am bored already, go and ask somebody else.', 'Nobody cares, and you will fail anyway.',
+                'Only a fool needs help with this.', 'Stop wasting my time, you hopeless amateur.', 'I doubt that you can understand this, but whatever.',
+                'How lazy of you, look it up yourself.', 'I am not paid to explain every trifle to you.']}
+WEIGHTS = dict(on_topic=0.5, in_order=0.6, manner=2.2, sentence=0.15, tie=-0.5)
 
-# %% ../../nbs/02a_sample.ipynb #70e6a158
+# %% ../../nbs/02a_sample.ipynb #a550b8fb
 def _answer(topic, rng):
     "(text, quality) of one answer to a question about `topic`."
     on_topic, in_order, manner = rng.random() < .65, rng.random() < .75, int(rng.choice([-1, 0, 1]))
@@ -65,7 +65,7 @@ def davidson(s_a, s_b, tie=WEIGHTS['tie']):
     e = np.exp(z - z.max(-1, keepdims=True))
     return e/e.sum(-1, keepdims=True)
 
-# %% ../../nbs/02a_sample.ipynb #5da2625d
+# %% ../../nbs/02a_sample.ipynb #14d22a29
 def _odd_rows(df, s, rng):
     "Change the first rows of `df` (and their qualities `s`) in place into every odd case of the real file."
     def put(i, **cells):
@@ -96,7 +96,7 @@ def _odd_rows(df, s, rng):
 
 def _topic(question): return next(t for t in TOPICS if t in question)
 
-# %% ../../nbs/02a_sample.ipynb #bb6ee88b
+# %% ../../nbs/02a_sample.ipynb #754732e3
 @dataclass(frozen=True)
 class Sample:
     "A generated competition: rows as they are written (null turns, half emoji: `read_rows` repairs them), and the true probabilities (n, 3) of their classes."
