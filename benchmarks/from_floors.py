@@ -35,7 +35,7 @@ def train_fold(file, out, fold, settings):
     out.mkdir(parents=True, exist_ok=True)
     run = out/f'fold{fold}'
     if not finished(run):
-        threads = str(max(1, os.cpu_count()//settings['jobs']))
+        threads = str(max(1, len(os.sched_getaffinity(0))//settings['jobs']))
         parameters = dict(train_csv=str(file), out=str(run), fold=fold, n_folds=settings['folds'], **settings['parameters'])
         with open(out/f'fold{fold}.log', 'w') as log:
             subprocess.run([sys.executable, '-c', TRAIN, json.dumps(parameters), str(out/f'notebooks{fold}')], check=True, stdout=log, stderr=log, env=dict(os.environ, OMP_NUM_THREADS=threads))
