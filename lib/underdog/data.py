@@ -6,7 +6,7 @@
 __all__ = ['TEXTS', 'repair', 'parse_turns', 'ReadReport', 'read_rows', 'prompt_groups', 'find_duplicates', 'swap_rows',
            'swap_probs', 'labels_of', 'data_hash', 'write_rows', 'make_folds']
 
-# %% ../../nbs/02_data.ipynb #abf25d3b
+# %% ../../nbs/02_data.ipynb #97250e9b
 import csv, io, json, re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ import pandas as pd
 from .competition import COMPETITIONS, Competition, detect_competition
 from .core import UserError, atomic_path, fingerprint, nearest, resolve_input
 
-# %% ../../nbs/02_data.ipynb #9977861c
+# %% ../../nbs/02_data.ipynb #d14e5a6f
 TEXTS = ('prompt', 'response_a', 'response_b')
 _SURROGATE = re.compile('[\ud800-\udfff]')
 _PAIR = re.compile('[\ud800-\udbff][\udc00-\udfff]')   # one character in two halves, as CESU-8 writes it
@@ -47,7 +47,7 @@ def parse_turns(cell, counts):
         if n: counts[what] = counts.get(what, 0) + n
     return [repair(t or '', counts) for t in turns]
 
-# %% ../../nbs/02_data.ipynb #eaa525ab
+# %% ../../nbs/02_data.ipynb #5efbdb18
 _NOT_CSV = {b'PK\x03\x04': 'a zip archive; unpack it', b'\x1f\x8b': 'a gzip archive; unpack it', b'PAR1': 'a parquet file; give it the ending .parquet'}
 
 def _check_head(head, path):
@@ -99,7 +99,7 @@ def _read_table(path):
     if twice: raise UserError(f"{path}: the header names {', '.join(map(repr, sorted(twice)))} twice; drop one of them")
     return pd.DataFrame({h: pd.Series([r[j] for r in rows], dtype=object) for j, h in enumerate(header)})
 
-# %% ../../nbs/02_data.ipynb #a29e7fa4
+# %% ../../nbs/02_data.ipynb #d4d083c9
 def _ids(values, path):
     "int64 ids where every one is a whole number (1.0, as a float column spells it, is 1), else strings; missing and duplicate ids raise."
     values = [str(v).strip() for v in values]
@@ -147,7 +147,7 @@ def _labels(table, comp, path):
         if abs(s - 1) > 1e-3: raise UserError(f"{path}: row {i + 1} (id {_short(table['id'].iloc[i])}), columns {', '.join(comp.label_columns)}: sum {s:g}, not 1; mend the labels")
     return y/y.sum(1, keepdims=True)
 
-# %% ../../nbs/02_data.ipynb #9252ad5b
+# %% ../../nbs/02_data.ipynb #9e29f7e4
 @dataclass(frozen=True)
 class ReadReport:
     "What `read_rows` found: `repaired` and `notes` map a phrase to a count."
@@ -180,6 +180,7 @@ def read_rows(path, comp=None, labelled=None):
     labelled = has_labels if labelled is None else labelled
     if labelled:
         for c, y in zip(comp.classes, _labels(table, comp, path).T): df[c] = y
+    df.attrs['file'] = path.name   # so that later errors can name it
     return df, ReadReport(path.name, len(df), labelled, comp.name, counts, _notes(df))
 
 def _notes(df):
@@ -191,7 +192,7 @@ def _notes(df):
             'rows repeated exactly': int((dup['kind'] == 'exact').sum()), 'rows repeated with A and B exchanged': int((dup['kind'] == 'swapped').sum()),
             'distinct prompts': int(prompt_groups(df).max()) + 1, 'longest row (characters)': int(lengths.max()), 'median row (characters)': int(lengths.median())}
 
-# %% ../../nbs/02_data.ipynb #21a40169
+# %% ../../nbs/02_data.ipynb #33e34a57
 def _key(turns): return ' '.join(' \n '.join(turns).split()).casefold()
 
 def prompt_groups(df):
@@ -228,7 +229,7 @@ def data_hash(df):
     "16 hex characters of everything a model could read in `df`."
     return fingerprint([df['id'].tolist(), *(df[c].tolist() for c in TEXTS)])
 
-# %% ../../nbs/02_data.ipynb #2bcbd977
+# %% ../../nbs/02_data.ipynb #6249016d
 def write_rows(path, df, comp):
     "Write rows in the competition's own csv format, atomically; labels too where `df` has them."
     table = {'id': df['id'], **{c: df[c] for c in ('model_a', 'model_b', 'language') if c in df}}
@@ -239,7 +240,7 @@ def write_rows(path, df, comp):
         else: table['winner'] = np.where(df['a'] > df['b'], 'model_a', 'model_b')
     with atomic_path(path) as tmp: pd.DataFrame(table).to_csv(tmp, index=False, encoding='utf-8', quoting=csv.QUOTE_MINIMAL if comp.json_turns else csv.QUOTE_NONNUMERIC)   # else a bare \r is not quoted
 
-# %% ../../nbs/02_data.ipynb #b75b94a3
+# %% ../../nbs/02_data.ipynb #cfbb3079
 def make_folds(df, n_folds=5, seed=0):
     "Int array with the fold of each row: rows of one prompt stay together, classes are spread evenly."
     from sklearn.model_selection import StratifiedGroupKFold
@@ -248,14 +249,15 @@ def make_folds(df, n_folds=5, seed=0):
     if not classes: raise UserError('folds need labelled rows (they are stratified by outcome); give a file with its label columns')
     if n_folds < 2: raise UserError(f'n_folds={n_folds}: at least 2 are needed')
     y = df[classes].to_numpy().argmax(1)
-    if groups.max() + 1 < n_folds: raise UserError(f'{groups.max() + 1} distinct prompts cannot fill {n_folds} folds; use fewer folds or more rows')
+    where = f"{df.attrs.get('file', 'the rows')}: "
+    if groups.max() + 1 < n_folds: raise UserError(f'{where}{groups.max() + 1} distinct prompts cannot fill {n_folds} folds; use fewer folds or more rows')
     for j, c in enumerate(classes):
-        if (y == j).sum() < n_folds: raise UserError(f'{(y == j).sum()} row(s) of class {c!r} in the whole file: some of {n_folds} folds has no row of class {c!r}; '
+        if (y == j).sum() < n_folds: raise UserError(f'{where}{(y == j).sum()} row(s) of class {c!r} in the whole file: some of {n_folds} folds has no row of class {c!r}; '
                                                      'use fewer folds or more rows')
     folds = np.full(len(df), -1)
     for k, (_, held) in enumerate(StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed).split(groups, y, groups)): folds[held] = k
     for k in range(n_folds):
         for j, c in enumerate(classes):
             if not (y[folds == k] == j).any():
-                raise UserError(f'fold {k} of {n_folds} has no row of class {c!r} ({(y == j).sum()} in the whole file); use fewer folds or more rows')
+                raise UserError(f'{where}fold {k} of {n_folds} has no row of class {c!r} ({(y == j).sum()} in the whole file); use fewer folds or more rows')
     return folds
