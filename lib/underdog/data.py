@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .competition import COMPETITIONS, Competition, detect_competition
+from .competition import detect_competition
 from .core import UserError, atomic_path, fingerprint, nearest, resolve_input
 
 # %% ../../nbs/02_data.ipynb #d14e5a6f

@@ -6,13 +6,12 @@
 __all__ = ['GENERATED', 'REAL', 'COMMON', 'smollm2', 'run_demo', 'best_possible']
 
 # %% ../../nbs/12a_demo.ipynb #b994e473
-import importlib.util, json, os, time
+import importlib.util, time
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
-from .blend import Blend, cross_fit, gather_oof, log_loss, row_log_loss, score_table
+from .blend import gather_oof, log_loss
 from .core import RunFolder, UserError, cache_folder, quiet, read_json
 from .kernels import run_kernel
 from .sample import write_sample

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .competition import Competition, get_competition
+from .competition import get_competition
 from .core import UserError, atomic_path, read_json, resolve_input, write_json
 from .data import TEXTS, labels_of, prompt_groups, swap_probs, swap_rows
 

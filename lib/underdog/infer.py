@@ -7,7 +7,7 @@ __all__ = ['InferConfig', 'check_run', 'read_test', 'prediction_table', 'work', 
 
 # %% ../../nbs/07_infer.ipynb #a49a0545
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ import pandas as pd
 from .adapter import load_adapter
 from .competition import get_competition
 from .core import RunFolder, UserError, atomic_path, cache_folder, coerce, quiet, read_json, write_json
-from .data import data_hash, read_rows
+from .data import read_rows
 from .floors import FLOORS, Floors
 from .launch import columns, launch, run_worker
 from .model import base_hash

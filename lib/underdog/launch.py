@@ -7,7 +7,7 @@ __all__ = ['columns', 'row_table', 'prepare', 'offsets', 'start_head', 'oof_tabl
            'gpu_count', 'launch', 'run_worker', 'finish', 'train']
 
 # %% ../../nbs/06b_launch.ipynb #0af71292
-import os, shutil, subprocess, sys, time, traceback
+import os, subprocess, sys, time, traceback
 from dataclasses import asdict, replace
 from pathlib import Path
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .core import atomic_path, atomic_write
+from .core import atomic_write
 
 # %% ../../nbs/12_report.ipynb #a1269887
 COLOURS = dict(a='#0072B2', b='#D55E00', tie='#009E73', grey='#777777', line='#000000')
