@@ -58,3 +58,9 @@ def test_rows_of_one_prompt_stay_together():
     copies = np.repeat(np.arange(60), 6)
     apart, together = fit_probe(x[copies], y[copies], tie=TIE)[3], fit_probe(x[copies], y[copies], tie=TIE, groups=copies)[3]
     assert apart < .8 and together > 1.05
+
+
+def test_one_prompt_teaches_the_tie_alone():
+    x, y, _ = draw(30)
+    w, tie, ridge, _ = fit_probe(x, y, tie=TIE, groups=np.zeros(30))
+    assert not w.any() and ridge == np.inf and np.isfinite(float(tie))

@@ -72,7 +72,7 @@ def fit_probe(x, y, offset=None, tie=None, groups=None, k=5):
             at = lambda i: None if offset is None else offset[i]
             total += len(b)*float(_loss(y[b], _logits(x[b], *_solve(x[a], y[a], at(a), tie, ridge), at(b))))
         return total/len(x)
-    losses = {r: oof(r) for r in STRENGTHS}
+    losses = {r: oof(r) for r in STRENGTHS} if len(set(part)) > 1 else {np.inf: np.nan}   # one prompt cannot be held out
     best = min(losses, key=losses.get)
     w, tie = _solve(x, y, offset, tie, best)
     return (w/scale).float(), tie, best, losses[best]
