@@ -138,9 +138,9 @@ def test_half_precision_keeps_trainables_in_fp32(bases, dtype):
     assert all(torch.isfinite(p.grad).all() for p in adapter_parameters(model))
 
 
-def test_attention_is_sdpa_and_gemma_has_no_softcap(bases):
+def test_attention_is_planned_and_gemma_has_no_softcap(bases):
     used = {f: load_backbone(ModelConfig(str(bases[f]))).config for f in FAMILIES}
-    assert {f: c._attn_implementation for f, c in used.items()} == {f: 'eager' if f == 'deberta' else 'sdpa' for f in FAMILIES}
+    assert {f: c._attn_implementation for f, c in used.items()} == {f: 'eager' if f == 'deberta' else 'underdog' for f in FAMILIES}
     assert used['gemma2'].attn_logit_softcapping is None and not used['gemma2'].use_cache
 
 

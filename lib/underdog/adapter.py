@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['save_adapter', 'load_adapter', 'merge', 'load_merged']
 
-# %% ../../nbs/05a_adapter.ipynb #34d9154a
+# %% ../../nbs/05a_adapter.ipynb #899fc12c
 import shutil, tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from .core import UserError, coerce, read_json, resolve_input, write_json
 from .model import ModelConfig, base_hash, load_model
 
-# %% ../../nbs/05a_adapter.ipynb #a9617d1c
+# %% ../../nbs/05a_adapter.ipynb #e62a8396
 def save_adapter(model, folder):
     "Write adapter, head and model.json to `folder`; the folder appears whole or not at all."
     from safetensors.torch import save_file
@@ -61,7 +61,7 @@ def _tensors(file):
     try: return load_file(file)
     except Exception as e: raise UserError(f'{file}: cannot be read ({str(e).splitlines()[0]}); copy the run folder again') from None
 
-# %% ../../nbs/05a_adapter.ipynb #1f7e9e12
+# %% ../../nbs/05a_adapter.ipynb #cfdfc214
 def merge(folder, out, base=None):
     "Write backbone + adapters as plain weights to `out`, with tokenizer, head and model.json; returns a config that loads it."
     folder, out = resolve_input(folder), Path(out)

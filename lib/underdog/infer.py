@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['InferConfig', 'check_run', 'read_test', 'prediction_table', 'work', 'infer']
 
-# %% ../../nbs/07_infer.ipynb #a49a0545
+# %% ../../nbs/07_infer.ipynb #3ee99da5
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +21,10 @@ from .floors import FLOORS, Floors
 from .launch import columns, launch, run_worker
 from .model import base_hash
 from .prompt import PromptConfig, Prompter, tokenize_rows
-from .train import RowSource, predict_both
+from .source import RowSource
+from .train import predict_both
 
-# %% ../../nbs/07_infer.ipynb #4192b3a0
+# %% ../../nbs/07_infer.ipynb #02d1cdd8
 @dataclass(frozen=True)
 class InferConfig:
     "Settings of one inference."
@@ -49,7 +50,7 @@ def check_run(run, cfg):
                         f"use the library of the run (build {config.get('build_id')}) and its tokenizer")
     return prompter
 
-# %% ../../nbs/07_infer.ipynb #9f2bf960
+# %% ../../nbs/07_infer.ipynb #825c1a33
 def read_test(run, test_csv):
     "(rows, competition) of a test file for this run."
     comp = get_competition(run.config['competition'])
@@ -74,7 +75,7 @@ def work(run, test_csv, out):
     floors = Floors.load(run.floors).predict(df)
     offset = np.log(floors[config['best_floor']]) if config['train']['start'] == 'floors' else None
     model = load_adapter(run.adapter, str(accelerator.device), base=cfg.base or None)
-    predicted = predict_both(model, RowSource(tokens, prompter), np.arange(len(df)), offset, cfg.tta, budget=cfg.batch_tokens, accelerator=accelerator)
+    predicted = predict_both(model, RowSource(tokens, prompter, model.packing), np.arange(len(df)), offset, cfg.tta, budget=cfg.batch_tokens, accelerator=accelerator)
     if accelerator.is_main_process:
         with atomic_path(out/'predictions.parquet') as tmp: prediction_table(df, comp, floors, predicted).to_parquet(tmp)
     accelerator.end_training()
@@ -90,7 +91,7 @@ def infer(run, test_csv, out, cfg=InferConfig()):
     if code: raise RuntimeError(f'inference with {run.path} ended with code {code}; the end of its log:\n{tail}')
     return pd.read_parquet(out/'predictions.parquet')
 
-# %% ../../nbs/07_infer.ipynb #10aa736a
+# %% ../../nbs/07_infer.ipynb #a34204db
 #| eval: false
 if __name__ == '__main__' and '__file__' in globals():
     run_worker(lambda _: work(RunFolder.open(sys.argv[1]), sys.argv[2], Path(sys.argv[3])), None)

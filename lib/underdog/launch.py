@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['columns', 'row_table', 'prepare', 'offsets', 'start_head', 'oof_table', 'score_table', 'tokens_and_prompter', 'work',
-           'gpu_count', 'launch', 'run_worker', 'finish', 'train']
+           'padding_warning', 'gpu_count', 'launch', 'run_worker', 'finish', 'train']
 
-# %% ../../nbs/06b_launch.ipynb #0af71292
+# %% ../../nbs/06b_launch.ipynb #bbcbdfc5
 import os, subprocess, sys, time, traceback
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .adapter import save_adapter
+from .batch import padding_report, plan_batches
 from .competition import get_competition
 from .core import RunFolder, UserError, atomic_path, build_id, cache_folder, coerce, pick_dtype, quiet, seed_everything, versions
 from .data import data_hash, labels_of, make_folds, prompt_groups, read_rows
@@ -22,9 +23,10 @@ from .floors import FLOORS, Floors, best_floor, cross_predict
 from .model import ModelConfig, base_hash, load_model
 from .probe import start_from_probe
 from .prompt import PromptConfig, Prompter, tokenize_rows
-from .train import FitData, RowSource, TrainConfig, fit, predict_both
+from .source import RowSource
+from .train import FitData, TrainConfig, fit, predict_both
 
-# %% ../../nbs/06b_launch.ipynb #6591e395
+# %% ../../nbs/06b_launch.ipynb #7f9e919d
 def columns(prefix, comp): return [f'{prefix}_{c}' for c in comp.classes]
 
 def row_table(df, comp, cfg):
@@ -63,7 +65,7 @@ def prepare(run, train_csv, model, prompt, cfg=TrainConfig(), competition=None):
     with atomic_path(run.path/'rows.parquet') as tmp: table.to_parquet(tmp)
     return run
 
-# %% ../../nbs/06b_launch.ipynb #557b9a4e
+# %% ../../nbs/06b_launch.ipynb #a13a7ee2
 def offsets(table, comp, cfg, best):
     "Log-probabilities (n, C) that training starts from, or None."
     return np.log(table[columns(f'floor_{best}', comp)].to_numpy()) if cfg.start == 'floors' else None
@@ -73,7 +75,7 @@ def start_head(model, prior):
     import torch
     logp = torch.log(torch.tensor(prior).clamp(min=1e-3))
     if model.head_source == 'checkpoint': return
-    if model.cfg.head == 'joint': model.head.score.bias.data.copy_((logp + logp[[1, 0, 2][:len(prior)]])/2)
+    if model.cfg.head in ('joint', 'symmetric'): model.head.score.bias.data.copy_((logp + logp[[1, 0, 2][:len(prior)]])/2)
     elif len(prior) == 3: model.head.tie.data.copy_(logp[2] - (logp[0] + logp[1])/2)
 
 def oof_table(table, comp, rows, predicted):
@@ -113,9 +115,9 @@ def work(run):
     model = load_model(model_cfg, device)
     offset = offsets(table, comp, cfg, config['best_floor'])
     if offset is None: start_head(model, config['prior'])
-    data = FitData(RowSource(tokens, prompter), table[columns('y', comp)].to_numpy(), offset, np.flatnonzero(~table['held']), np.flatnonzero(table['held']))
-    if main: print(_sizes(model, data), flush=True)
-    if cfg.probe_rows and model.cfg.head == 'pair' and model.head_source == 'seeded':
+    data = FitData(RowSource(tokens, prompter, model.packing), table[columns('y', comp)].to_numpy(), offset, np.flatnonzero(~table['held']), np.flatnonzero(table['held']))
+    if main: print('\n'.join([_sizes(model, data), *padding_warning(model, data.source, cfg)]), flush=True)
+    if cfg.probe_rows and model.cfg.head in ('pair', 'combined') and model.head_source == 'seeded':
         found = start_from_probe(model, data, table['group'].to_numpy(), cfg.probe_rows, cfg.seed, accelerator)
         if main: print(found, flush=True)
     start, last = time.monotonic(), {}
@@ -137,12 +139,19 @@ def work(run):
         run.set_status('finished', last['step'], last['of'], elapsed_s=time.monotonic() - start)
     accelerator.end_training()
 
+def padding_warning(model, source, cfg):
+    "What it costs that the attention of `model` cannot be planned: a list with one line, or none."
+    if model.packing: return []
+    report = padding_report(source.lengths, plan_batches(source.lengths, cfg.batch_tokens))
+    return [f"warning: attention of {model.backbone.config.model_type} cannot be planned, so batches are padded and prompts computed once per answer; "
+            f"{1 - report['efficiency']:.1%} of the batches' room is empty on top of that"]
+
 def _sizes(model, data):
     trained, total = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True))
     return (f'{trained:,} of {total:,} parameters are trained, head from {model.head_source}; {len(data.train):,} rows to train on, {len(data.held):,} held out, '
             f'{data.source.lengths.mean():,.0f} tokens a row')
 
-# %% ../../nbs/06b_launch.ipynb #40dc20dd
+# %% ../../nbs/06b_launch.ipynb #cdc2526e
 def gpu_count():
     import torch
     return torch.cuda.device_count()
@@ -191,6 +200,6 @@ def train(run, train_csv, model, prompt=None, cfg=TrainConfig(), competition=Non
     run = prepare(run, train_csv, model, prompt or PromptConfig(tokenizer=model.path, head=model.head), cfg, competition)
     return finish(run, *launch('underdog.launch', [run.path], run.path/'train.log', processes))
 
-# %% ../../nbs/06b_launch.ipynb #4d6f5b75
+# %% ../../nbs/06b_launch.ipynb #407c0259
 #| eval: false
 if __name__ == '__main__' and '__file__' in globals(): run_worker(work, RunFolder(Path(sys.argv[1])))

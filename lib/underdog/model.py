@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'CHOICES', 'ModelConfig', 'weight_files', 'base_hash', 'backbone_config', 'compute_dtype', 'load_backbone',
-           'linear_layers', 'layer_range', 'lora_targets', 'add_lora', 'PairHead', 'JointHead', 'Dense', 'make_head',
-           'checkpoint_head', 'pool', 'unswap', 'PreferenceModel', 'load_model', 'head_parameters',
-           'adapter_parameters']
+           'linear_layers', 'layer_range', 'lora_targets', 'add_lora', 'checkpoint_head', 'PreferenceModel',
+           'load_model', 'head_parameters', 'adapter_parameters']
 
-# %% ../../nbs/05_model.ipynb #d50b37da
+# %% ../../nbs/05_model.ipynb #b245e17b
 import re, warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -18,17 +17,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from .attention import Planner, attention_of
 from .core import UserError, fingerprint, nearest, pick_dtype, quiet, read_json, resolve_input
+from .head import HEADS, make_head, pool, pool_packed, unswap
+from .pack import Packed
 
-# %% ../../nbs/05_model.ipynb #5f0b396b
+# %% ../../nbs/05_model.ipynb #e144763f
 DTYPES = dict(float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16)
-CHOICES = dict(head=('pair', 'joint'), quantization=('none', 'nf4', 'int8'), dtype=('auto', *DTYPES), pooling=('auto', 'mean', 'read', 'last', 'first'))
+CHOICES = dict(head=tuple(HEADS), quantization=('none', 'nf4', 'int8'), dtype=('auto', *DTYPES), pooling=('auto', 'mean', 'read', 'last', 'first'))
 
 @dataclass(frozen=True)
 class ModelConfig:
     "What the model is: backbone folder, precision, LoRA, pooling and head."
     path: str                         # local folder, or a Kaggle model path that `resolve_input` finds
-    head: str = 'pair'                # pair: each answer scored alone; joint: both answers in one sequence
+    head: str = 'pair'                # pair: each answer scored alone; joint: both in one sequence; symmetric, combined: see layout
     quantization: str = 'none'        # none | nf4 | int8
     dtype: str = 'auto'               # of frozen weights and arithmetic; auto: what the device does fast
     layers: int | None = None         # keep only the first n layers of the backbone
@@ -52,7 +54,7 @@ class ModelConfig:
         if not 0 <= self.dropout < 1: raise UserError(f'dropout={self.dropout}: a share in [0, 1) wanted')
         if self.layers is not None and self.layers < 1: raise UserError(f'layers={self.layers}: at least 1 wanted (leave it out to keep all)')
 
-# %% ../../nbs/05_model.ipynb #a5d399a5
+# %% ../../nbs/05_model.ipynb #6f392074
 def weight_files(path):
     "The safetensors files that hold the weights of the model folder `path`, in order; `UserError` when it is none."
     path = Path(path)
@@ -83,7 +85,7 @@ def base_hash(path):
     files = weight_files(path)
     return fingerprint((path/'config.json').read_bytes(), *[part for f in files for part in (f.name, f.stat().st_size, _ends(f))])
 
-# %% ../../nbs/05_model.ipynb #6b5ffec0
+# %% ../../nbs/05_model.ipynb #c7d69bf7
 def backbone_config(path, layers=None):
     "The transformers config of a text model folder, with only the first `layers` layers, no cache and no attention softcap."
     from transformers import AutoConfig
@@ -102,7 +104,7 @@ def backbone_config(path, layers=None):
     if getattr(config, 'attn_logit_softcapping', None) is not None: config.attn_logit_softcapping = None
     return config
 
-# %% ../../nbs/05_model.ipynb #fb9fe06f
+# %% ../../nbs/05_model.ipynb #716dcf99
 def _load_bitsandbytes():
     "Import bitsandbytes with its CPU kernel without a backward pass switched off (LoRA's gradients are then wrong)."
     try: import bitsandbytes.nn.modules as modules
@@ -138,7 +140,7 @@ def load_backbone(cfg, device='cpu'):
     weight_files(path)
     config = backbone_config(path, cfg.layers)
     quantization = _quantization(cfg, config, dtype)
-    kwargs = dict(attn_implementation='sdpa' if getattr(MODEL_MAPPING[type(config)], '_supports_sdpa', False) else 'eager')
+    kwargs = dict(attn_implementation=attention_of(config) or ('sdpa' if getattr(MODEL_MAPPING[type(config)], '_supports_sdpa', False) else 'eager'))
     if cfg.quantization != 'none': kwargs['device_map'] = {'': str(device)}
     if quantization is not None: kwargs['quantization_config'] = quantization
     quiet()
@@ -153,7 +155,7 @@ def load_backbone(cfg, device='cpu'):
         raise UserError(f'{path}: {len(missing)} weights are not in the folder and would be random: {names}')
     if getattr(backbone, 'pooler', None) is not None: backbone.pooler = None
     # Gemma-2 does without SDPA only for the sake of the softcap, which is off (`backbone_config`)
-    if hasattr(config, 'attn_logit_softcapping'): backbone.config._attn_implementation = 'sdpa'
+    if hasattr(config, 'attn_logit_softcapping'): backbone.config._attn_implementation = attention_of(config) or 'sdpa'
     _check_blocks(backbone, cfg, device, dtype)
     if cfg.quantization == 'none': backbone.to(device)
     return backbone.requires_grad_(False).eval()
@@ -168,7 +170,7 @@ def _check_blocks(backbone, cfg, device, dtype):
             raise UserError(f'{cfg.path}: {name} is {m.in_features} x {m.out_features}; 4-bit on a CPU wants multiples of 64: '
                             'use quantization=none there')
 
-# %% ../../nbs/05_model.ipynb #b1f3d5e6
+# %% ../../nbs/05_model.ipynb #612c6a31
 def linear_layers(backbone):
     "Dict of the linear layers in numbered blocks: name -> number of the block."
     found = {n: re.search(r'(?:^|\.)(\d+)\.', n) for n, m in backbone.named_modules() if isinstance(m, nn.Linear)}
@@ -212,42 +214,7 @@ def add_lora(backbone, cfg):
         if p.requires_grad: p.data = p.data.float()   # fp16 parameters cannot be unscaled by a GradScaler
     return model
 
-# %% ../../nbs/05_model.ipynb #9bb3baad
-class PairHead(nn.Module):
-    "Scores (2B,h): the first answers, then the second ones -> logits (B,C) of first, second[, tie]. No bias: it would cancel."
-    def __init__(self, hidden, n_classes=3, act=''):
-        super().__init__()
-        self.dense = Dense(hidden, act) if act else nn.Identity()
-        self.score = nn.Linear(hidden, 1, bias=False)
-        self.tie = nn.Parameter(torch.zeros(())) if n_classes == 3 else None
-
-    def forward(self, x):
-        first, second = self.score(self.dense(x)).squeeze(-1).chunk(2)
-        return torch.stack([first, second] + ([] if self.tie is None else [(first + second)/2 + self.tie]), -1)
-
-class JointHead(nn.Module):
-    "(B,h) -> logits (B,C)."
-    def __init__(self, hidden, n_classes=3, act=''):
-        super().__init__()
-        self.dense = Dense(hidden, act) if act else nn.Identity()
-        self.score = nn.Linear(hidden, n_classes)
-
-    def forward(self, x): return self.score(self.dense(x))
-
-class Dense(nn.Sequential):
-    "The layer between the first token and the classes that BERT and DeBERTa classifiers were trained with."
-    def __init__(self, hidden, act):
-        from transformers.activations import ACT2FN
-        super().__init__(nn.Linear(hidden, hidden), ACT2FN[act])
-
-def make_head(cfg, hidden):
-    "A fresh fp32 head: weights normal with std .02/sqrt(hidden) from `cfg.seed`, everything else 0."
-    head = (PairHead if cfg.head == 'pair' else JointHead)(hidden, cfg.n_classes, cfg.head_act)
-    generator = torch.Generator().manual_seed(cfg.seed)
-    for p in head.parameters(): nn.init.zeros_(p) if p.dim() < 2 else p.data.normal_(0, .02*hidden**-.5, generator=generator)
-    return head.float()
-
-# %% ../../nbs/05_model.ipynb #ce7ed7b3
+# %% ../../nbs/05_model.ipynb #55bd443a
 def _find_tensors(path, ends):
     "Tensors of a model folder by the end of their names: dict end -> tensor, those found."
     found = {}
@@ -260,6 +227,7 @@ def _find_tensors(path, ends):
 
 def checkpoint_head(path, cfg, config):
     "(state of the head, its activation or '', pooling) as stored in a model folder, or None if there is no fitting one."
+    if cfg.head not in ('pair', 'joint'): return None
     path, rows = Path(path), 1 if cfg.head == 'pair' else cfg.n_classes
     found = _find_tensors(path, ('score.weight', 'classifier.weight', 'classifier.bias', 'pooler.dense.weight', 'pooler.dense.bias'))
     weight = found.get('score.weight', found.get('classifier.weight'))
@@ -271,32 +239,14 @@ def checkpoint_head(path, cfg, config):
     if act is None or 'pooler.dense.weight' not in found: return None
     return state | {'dense.0.weight': found['pooler.dense.weight'], 'dense.0.bias': found['pooler.dense.bias']}, act, 'first'
 
-# %% ../../nbs/05_model.ipynb #7f1d7b89
-def pool(hidden, batch, how):
-    "(S,T,h) hidden states -> (S,h) float32."
-    mask, rows = batch.attention_mask, torch.arange(len(hidden), device=hidden.device)
-    if how == 'first': return hidden[rows, mask.long().argmax(1)].float()
-    if how == 'last': return hidden[rows, mask.shape[1] - 1 - mask.long().flip(1).argmax(1)].float()
-    read = hidden[rows, batch.read].float()
-    if how == 'read': return read
-    weight = batch.pool_mask.float()
-    count = weight.sum(1, keepdim=True)
-    # padding is cleared, not weighted with 0: where it attends to nothing it may be NaN
-    mean = torch.einsum('st,sth->sh', weight, hidden.float().masked_fill(weight[..., None] == 0, 0))/count.clamp(min=1)
-    return torch.where(count > 0, mean, read)
-
-def unswap(logits, swapped):
-    "Logits (B,C) of presented answers -> of the original ones: classes a and b exchanged where B was shown first."
-    other = torch.cat([logits[:, [1, 0]], logits[:, 2:]], 1)
-    return torch.where(swapped.to(logits.device)[:, None], other, logits)
-
-# %% ../../nbs/05_model.ipynb #94f18d00
+# %% ../../nbs/05_model.ipynb #9d226049
 class PreferenceModel(nn.Module):
     """Frozen backbone with LoRA, pooling and an fp32 head.
 
     `cfg` has pooling and head_act as found ('auto' no more), `head_source` says where the head's first values came from: 'seeded' or 'checkpoint'."""
-    def __init__(self, cfg, backbone, head, dtype, head_source, base_hash):
+    def __init__(self, cfg, backbone, head, dtype, head_source, base_hash, planner):
         super().__init__()
+        self.planner = planner
         self.cfg, self.backbone, self.head, self.dtype, self.head_source, self.base_hash = cfg, backbone, head, dtype, head_source, base_hash
 
     def forward(self, batch):
@@ -304,22 +254,29 @@ class PreferenceModel(nn.Module):
         with torch.autocast(batch.input_ids.device.type, enabled=False): return unswap(self.head(self.features(batch)), batch.swapped)
 
     def features(self, batch):
-        "`Batch` -> pooled hidden states (S,h) float32 of its sequences: what the head reads."
+        "`Batch` or `Packed` -> pooled hidden states (S,h) float32 of its sequences: what the head reads."
+        how = self.cfg.pooling
         with torch.autocast(batch.input_ids.device.type, dtype=self.dtype) if self.dtype != torch.float32 else nullcontext():
-            hidden = self.backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
-        return pool(hidden, batch, self.cfg.pooling)
+            if isinstance(batch, Packed): hidden, index = self.planner(self.backbone, batch, getattr(batch, 'pool' if how == 'mean' else how))
+            else: hidden = self.planner.padded(self.backbone, batch)
+        return pool_packed(hidden, batch, how, index) if isinstance(batch, Packed) else pool(hidden, batch, how)
+
+    @property
+    def packing(self): return self.planner.packing
 
 def load_model(cfg, device='cpu', lora=True):
     "The model of `cfg` on `device` ('cpu', 'cuda:0'), without LoRA if not `lora`; nothing in it is random except LoRA's A and a seeded head."
     path, backbone = resolve_input(cfg.path), load_backbone(cfg, device)
-    state, act, pooling = checkpoint_head(path, cfg, backbone.config) or (None, cfg.head_act, 'mean' if cfg.head == 'pair' else 'read')
+    planner = Planner(backbone)
+    if cfg.head in ('symmetric', 'combined'): planner.check_moves()
+    state, act, pooling = checkpoint_head(path, cfg, backbone.config) or (None, cfg.head_act, 'mean' if cfg.head in ('pair', 'combined') else 'read')
     cfg = replace(cfg, head_act=act, pooling=pooling if cfg.pooling == 'auto' else cfg.pooling)
     head = make_head(cfg, backbone.config.hidden_size)
     if state is not None: head.load_state_dict(state)
     if lora: backbone = add_lora(backbone, cfg)
     if cfg.checkpointing: _enable_checkpointing(backbone)
     source = 'seeded' if state is None else 'checkpoint'
-    return PreferenceModel(cfg, backbone, head.to(device), compute_dtype(cfg, device), source, base_hash(path))
+    return PreferenceModel(cfg, backbone, head.to(device), compute_dtype(cfg, device), source, base_hash(path), planner)
 
 def _enable_checkpointing(backbone):
     "Non-reentrant checkpointing that leaves inputs without gradients: else frozen lower layers would be run backwards for nothing."

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['STRENGTHS', 'pair_features', 'fit_probe', 'start_from_probe']
 
-# %% ../../nbs/06a_probe.ipynb #454fc383
+# %% ../../nbs/06a_probe.ipynb #2defd579
 import numpy as np
 import torch
 
-from .batch import plan_batches
-from .train import progress, rank_share
+from .source import rank_share
+from .train import progress
 
-# %% ../../nbs/06a_probe.ipynb #5702a17f
+# %% ../../nbs/06a_probe.ipynb #4bbb8f40
 @torch.no_grad()
 def pair_features(model, source, rows, budget=8192, accelerator=None):
     "Pooled hidden states (len(rows), 2, h) float32 of answers A and B, computed by all processes together."
@@ -24,15 +24,15 @@ def pair_features(model, source, rows, budget=8192, accelerator=None):
     model.eval()
     with progress(len(mine), 'probe') as bar:
         bar.disable = bar.disable or rank > 0
-        for part in plan_batches([source.lengths[r] for r in mine], budget):
-            batch = source.batch([(mine[i], False) for i in part]).to(weight.device)
-            out[[position[int(r)] for r in batch.rows]] = torch.stack(model.features(batch).chunk(2), 1)
+        for part in source.bins(mine, budget):
+            batch = source.batch([(r, False) for r in part]).to(weight.device)
+            out[[position[int(r)] for r in batch.rows]] = torch.stack(model.features(batch).split(len(part))[:2], 1)
             bar.update(len(part))
     model.train(was_training)
     if world > 1: out = accelerator.reduce(out, 'sum')
     return out.cpu()
 
-# %% ../../nbs/06a_probe.ipynb #f0960a49
+# %% ../../nbs/06a_probe.ipynb #15f686a9
 STRENGTHS = (.003, .01, .03, .1, .3, 1., 3., np.inf)   # of the ridge on standardized differences; inf: no weights
 
 def _logits(x, w, tie, offset):
@@ -77,7 +77,7 @@ def fit_probe(x, y, offset=None, tie=None, groups=None, k=5):
     w, tie = _solve(x, y, offset, tie, best)
     return (w/scale).float(), tie, best, losses[best]
 
-# %% ../../nbs/06a_probe.ipynb #fab120de
+# %% ../../nbs/06a_probe.ipynb #c4447c8a
 def start_from_probe(model, data, groups, rows, seed=0, accelerator=None):
     "Fit a probe on at most `rows` of the training rows of `data` (`FitData`) and make it the first values of the `pair` head of `model`; returns a line that says what it found."
     chosen = np.sort(np.random.default_rng(seed).permutation(data.train)[:rows])
