@@ -1,7 +1,9 @@
 "The whole job with tiny models: kernels under papermill, precisions, heads, one and two processes, bad runs."
 import os
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import nbformat
 import numpy as np
@@ -17,7 +19,7 @@ from underdog.core import RunFolder, UserError, read_json, write_json
 from underdog.data import read_rows, swap_probs, swap_rows, write_rows
 from underdog.infer import infer
 from underdog.kernels import find_kernel, kernel_parameters, run_kernel
-from underdog.launch import columns, train
+from underdog.launch import columns, same_everywhere, train
 from underdog.model import ModelConfig
 from underdog.prompt import PromptConfig, Prompter
 from underdog.sample import write_sample
@@ -40,11 +42,11 @@ def world(tmp_path_factory):
     return root
 
 
-def small_run(world, out, family='llama', head='pair', quantization='none', processes=1, **cfg):
+def small_run(world, out, family='llama', head='pair', quantization='none', processes=1, machines=1, rendezvous='', **cfg):
     base = str(world/family)
     settings = dict(n_folds=3, lr=1e-2, head_lr=1e-2, batch_rows=8) | cfg
     return train(out, world/'train.csv', ModelConfig(base, head=head, quantization=quantization, rank=4, dropout=0.), PromptConfig(base, head=head, max_length=128, min_keep=4),
-                 TrainConfig(**settings), processes=processes)
+                 TrainConfig(**settings), processes=processes, machines=machines, rendezvous=rendezvous)
 
 
 def probabilities(table, prefix='p'): return table[[f'{prefix}_{c}' for c in LMSYS.classes]].to_numpy()
@@ -80,12 +82,46 @@ def test_precisions_heads_and_backbones_train_and_obey_the_law_of_tta(world, tmp
     np.testing.assert_allclose(probabilities(there).sum(1), 1)
 
 
-def test_two_processes_make_the_run_of_one(world, tmp_path):
+@pytest.fixture(scope='session')
+def finished(world, tmp_path_factory): return small_run(world, tmp_path_factory.mktemp('finished')/'run')
+
+
+def test_two_processes_make_the_run_of_one(world, finished, tmp_path):
     "Under gloo with two processes, losses and held-out predictions equal those of a single process: rows are weighted, not batches."
-    one, two = (small_run(world, tmp_path/f'run{n}', quantization='none', processes=n) for n in (1, 2))
+    one, two = finished, small_run(world, tmp_path/'run', processes=2)
     np.testing.assert_allclose(one.metrics()['loss'].dropna(), two.metrics()['loss'].dropna(), atol=2e-4)
     np.testing.assert_allclose(pd.read_parquet(one.oof_file)[P], pd.read_parquet(two.oof_file)[P], atol=2e-3)
     assert '2 process(es)' in (two.path/'train.log').read_text()
+
+
+def test_two_machines_make_the_run_of_one(world, finished, tmp_path):
+    "The same command with its own run folder on each of two machines (here: twice on loopback) meets by rendezvous; both folders hold the whole run."
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        meet = f'127.0.0.1:{s.getsockname()[1]}'
+    with ThreadPoolExecutor() as pool:
+        one, two = pool.map(lambda n: small_run(world, tmp_path/f'machine{n}', machines=2, rendezvous=meet), (1, 2))
+    for run in (one, two):
+        np.testing.assert_allclose(finished.metrics()['loss'].dropna(), run.metrics()['loss'].dropna(), atol=2e-4)
+        np.testing.assert_allclose(pd.read_parquet(finished.oof_file)[P], pd.read_parquet(run.oof_file)[P], atol=2e-3)
+        assert run.status['state'] == 'finished' and '2 process(es)' in (run.path/'train.log').read_text()
+    weights = [{f.name: f.read_bytes() for f in run.adapter.glob('*.safetensors')} for run in (one, two)]
+    assert weights[0] and weights[0] == weights[1]
+
+
+def test_machines_with_different_settings_are_refused(world, finished, tmp_path):
+    other = dict(finished.config, train=finished.config['train'] | dict(lr=.5), base_hash='another')
+    same_everywhere([finished.config, finished.config])
+    with pytest.raises(UserError, match='do not train the same: base_hash, lr differ'): same_everywhere([finished.config, other])
+    with pytest.raises(UserError, match='10.0.0.5:29500'): small_run(world, tmp_path/'run', machines=2)
+
+
+def test_little_memory_makes_the_same_run(world, finished, tmp_path):
+    "What is computed twice for lack of memory changes no number."
+    tight = small_run(world, tmp_path/'run', activation_gb=1e-6)
+    assert 'computed twice (' in (tight.path/'train.log').read_text() and 'no layer is computed twice' in (finished.path/'train.log').read_text()
+    assert finished.metrics()['loss'].dropna().tolist() == tight.metrics()['loss'].dropna().tolist()
+    pd.testing.assert_frame_equal(pd.read_parquet(finished.oof_file), pd.read_parquet(tight.oof_file))
 
 
 def test_training_from_the_floors_begins_at_the_floor_and_infers_with_it(world, tmp_path):
@@ -109,10 +145,6 @@ def test_training_ids_are_inference_ids(world):
     cfg = PromptConfig(str(world/'llama'), max_length=128)
     labelled, bare = Prompter(cfg), Prompter(cfg)
     for i in range(len(df)): assert labelled.segments(df.iloc[i]) == bare.segments(df.drop(columns=list(LMSYS.classes)).iloc[i])
-
-
-@pytest.fixture(scope='session')
-def finished(world, tmp_path_factory): return small_run(world, tmp_path_factory.mktemp('finished')/'run')
 
 
 @pytest.mark.parametrize('change,message', [(dict(template_hash='x'), 'template'), (dict(base_hash='x'), 'not the base model')])

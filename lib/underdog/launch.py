@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['columns', 'row_table', 'prepare', 'offsets', 'start_head', 'oof_table', 'score_table', 'tokens_and_prompter', 'work',
-           'padding_warning', 'gpu_count', 'launch', 'run_worker', 'finish', 'train']
+           'same_everywhere', 'padding_warning', 'gpu_count', 'launch', 'run_worker', 'finish', 'train']
 
-# %% ../../nbs/06b_launch.ipynb #bbcbdfc5
-import os, subprocess, sys, time, traceback
+# %% ../../nbs/06b_launch.ipynb #b14c7c21
+import os, re, subprocess, sys, time, traceback
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -20,13 +20,14 @@ from .competition import get_competition
 from .core import RunFolder, UserError, atomic_path, build_id, cache_folder, coerce, pick_dtype, quiet, seed_everything, versions
 from .data import data_hash, labels_of, make_folds, prompt_groups, read_rows
 from .floors import FLOORS, Floors, best_floor, cross_predict
-from .model import ModelConfig, base_hash, load_model
+from .memory import free_bytes, plan_memory
+from .model import ModelConfig, base_hash, compute_dtype, load_model
 from .probe import start_from_probe
 from .prompt import PromptConfig, Prompter, tokenize_rows
-from .source import RowSource
+from .source import RowSource, present
 from .train import FitData, TrainConfig, fit, predict_both
 
-# %% ../../nbs/06b_launch.ipynb #7f9e919d
+# %% ../../nbs/06b_launch.ipynb #25aaafa6
 def columns(prefix, comp): return [f'{prefix}_{c}' for c in comp.classes]
 
 def row_table(df, comp, cfg):
@@ -53,6 +54,7 @@ def prepare(run, train_csv, model, prompt, cfg=TrainConfig(), competition=None):
     comp = comp or get_competition(report.competition)
     model = replace(model, n_classes=comp.n_classes, head=prompt.head)
     prompter, base = Prompter(prompt), base_hash(model.path)
+    compute_dtype(model, 'cuda')   # refused now, not in the worker
     table, floors, best = row_table(df, comp, cfg)
     tokens = tokenize_rows(df, prompter, cache_folder())
     table['tokens'], table['cut'] = tokens['full'], tokens['cut']
@@ -65,7 +67,7 @@ def prepare(run, train_csv, model, prompt, cfg=TrainConfig(), competition=None):
     with atomic_path(run.path/'rows.parquet') as tmp: table.to_parquet(tmp)
     return run
 
-# %% ../../nbs/06b_launch.ipynb #a13a7ee2
+# %% ../../nbs/06b_launch.ipynb #f70290eb
 def offsets(table, comp, cfg, best):
     "Log-probabilities (n, C) that training starts from, or None."
     return np.log(table[columns(f'floor_{best}', comp)].to_numpy()) if cfg.start == 'floors' else None
@@ -100,14 +102,15 @@ def tokens_and_prompter(run):
 def work(run):
     "Train the prepared run in this process (one of several under torchrun)."
     from accelerate import Accelerator
-    from accelerate.utils import GradScalerKwargs
+    from accelerate.utils import GradScalerKwargs, gather_object
     import torch
     quiet()
     config, cuda = run.config, torch.cuda.is_available()
     comp, cfg, model_cfg = get_competition(config['competition']), coerce(TrainConfig, config['train']), coerce(ModelConfig, config['model'])
     half = model_cfg.dtype == 'float16' or (model_cfg.dtype == 'auto' and pick_dtype()[0] == torch.float16)
     accelerator = Accelerator(cpu=not cuda, mixed_precision='fp16' if cuda and half else 'no', kwargs_handlers=[GradScalerKwargs(init_scale=2.**12)])
-    main, device = accelerator.is_main_process, str(accelerator.device)
+    main, device = accelerator.is_local_main_process, str(accelerator.device)   # each machine has its own run folder
+    same_everywhere(gather_object([config]))
     seed_everything(cfg.seed)
     table = pd.read_parquet(run.path/'rows.parquet')
     tokens, prompter = tokens_and_prompter(run)
@@ -116,7 +119,8 @@ def work(run):
     offset = offsets(table, comp, cfg, config['best_floor'])
     if offset is None: start_head(model, config['prior'])
     data = FitData(RowSource(tokens, prompter, model.packing), table[columns('y', comp)].to_numpy(), offset, np.flatnonzero(~table['held']), np.flatnonzero(table['held']))
-    if main: print('\n'.join([_sizes(model, data), *padding_warning(model, data.source, cfg)]), flush=True)
+    memory = _plan_memory(model, data, cfg, accelerator)
+    if main: print('\n'.join([_sizes(model, data), memory, *padding_warning(model, data.source, cfg)]), flush=True)
     if cfg.probe_rows and model.cfg.head in ('pair', 'combined') and model.head_source == 'seeded':
         found = start_from_probe(model, data, table['group'].to_numpy(), cfg.probe_rows, cfg.seed, accelerator)
         if main: print(found, flush=True)
@@ -139,6 +143,22 @@ def work(run):
         run.set_status('finished', last['step'], last['of'], elapsed_s=time.monotonic() - start)
     accelerator.end_training()
 
+def _plan_memory(model, data, cfg, accelerator):
+    "Decide on a row of median length what is recomputed; returns the line of `plan_memory`."
+    lengths = data.source.lengths[data.train]
+    row = data.train[np.argsort(lengths)[len(lengths)//2]]
+    batch = data.source.batch(present([row], 'both' if cfg.orders == 'both' else 'given', model.cfg.head, None)).to(accelerator.device)
+    share = os.environ.get('LOCAL_WORLD_SIZE', 1)
+    room = cfg.activation_gb*1e9 or .8*free_bytes(accelerator.device, int(share))
+    return plan_memory(model, batch, max(cfg.batch_tokens, int(lengths.max())), cfg.checkpointing, room)
+
+def same_everywhere(configs):
+    "`UserError` when the run configs of several processes, perhaps on several machines, are not for the same training."
+    keys = ('template_hash', 'tokenizer_hash', 'base_hash', 'build_id')
+    flat = [c['train'] | {k: c[k] for k in keys} | dict(data=c['data']['hash']) | {f'model.{k}': v for k, v in c['model'].items() if k != 'path'} for c in configs]
+    if different := sorted(k for k in flat[0] if any(f.get(k) != flat[0][k] for f in flat)):
+        raise UserError(f"the machines do not train the same: {', '.join(different)} differ; give each the same data, model, library and settings")
+
 def padding_warning(model, source, cfg):
     "What it costs that the attention of `model` cannot be planned: a list with one line, or none."
     if model.packing: return []
@@ -151,15 +171,18 @@ def _sizes(model, data):
     return (f'{trained:,} of {total:,} parameters are trained, head from {model.head_source}; {len(data.train):,} rows to train on, {len(data.held):,} held out, '
             f'{data.source.lengths.mean():,.0f} tokens a row')
 
-# %% ../../nbs/06b_launch.ipynb #cdc2526e
+# %% ../../nbs/06b_launch.ipynb #118a6631
 def gpu_count():
     import torch
     return torch.cuda.device_count()
 
-def launch(module, args, log_file, processes=0):
-    "Run `python -m module args` as a subprocess (under torchrun if `processes` > 1; 0: one per GPU); its output is shown and kept in `log_file`."
+def launch(module, args, log_file, processes=0, machines=1, rendezvous=''):
+    """Run `python -m module args` as a subprocess; its output is shown and kept in `log_file`.
+
+    Under torchrun if `processes` > 1 (0: one per GPU) or `machines` > 1: then the same command runs on each of them, and they meet at `rendezvous`, host:port of any one of them."""
     processes = processes or max(1, gpu_count())
-    head = [sys.executable, '-u'] if processes == 1 else [sys.executable, '-u', '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
+    meet = ['--standalone'] if machines == 1 else [f'--nnodes={machines}', '--rdzv_backend=c10d', f'--rdzv_endpoint={rendezvous}', '--rdzv_id=underdog']
+    head = [sys.executable, '-u'] + (['-m', 'torch.distributed.run', *meet, f'--nproc_per_node={processes}'] if processes*machines > 1 else [])
     threads = os.environ.get('OMP_NUM_THREADS') if 'OMP_NUM_THREADS' in os.environ and processes == 1 else str(max(1, (os.cpu_count() or 1)//processes))
     env = dict(os.environ, OMP_NUM_THREADS=threads, TOKENIZERS_PARALLELISM='false', PYTHONPATH=os.pathsep.join([str(_library()), os.environ.get('PYTHONPATH', '')]))
     child = subprocess.Popen([*head, '-m', module, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env)
@@ -195,11 +218,14 @@ def finish(run, code, tail):
     if status['state'] != 'failed': run.set_status('failed', reason=f'the worker ended with code {code}')
     raise RuntimeError(f'training in {run.path} ended with code {code}; the end of its log:\n{tail}')
 
-def train(run, train_csv, model, prompt=None, cfg=TrainConfig(), competition=None, processes=0):
-    "Train on `train_csv` and write the run folder `run`; `processes` 0 means one per GPU, or one on a CPU. Returns the finished `RunFolder`."
-    run = prepare(run, train_csv, model, prompt or PromptConfig(tokenizer=model.path, head=model.head), cfg, competition)
-    return finish(run, *launch('underdog.launch', [run.path], run.path/'train.log', processes))
+def train(run, train_csv, model, prompt=None, cfg=TrainConfig(), competition=None, processes=0, machines=1, rendezvous=''):
+    """Train on `train_csv` and write the run folder `run`; returns the finished `RunFolder`.
 
-# %% ../../nbs/06b_launch.ipynb #407c0259
+    `processes` 0: one per GPU, or one on a CPU. On several `machines` the same command runs on each, with the same `rendezvous` (host:port of one of them), and each writes the same run folder."""
+    if machines < 1 or (machines > 1 and not re.fullmatch(r'\S+:\d+', rendezvous)): raise UserError(f"machines={machines}, rendezvous={rendezvous!r}: for several machines give host:port of one of them, such as '10.0.0.5:29500'")
+    run = prepare(run, train_csv, model, prompt or PromptConfig(tokenizer=model.path, head=model.head), cfg, competition)
+    return finish(run, *launch('underdog.launch', [run.path], run.path/'train.log', processes, machines, rendezvous))
+
+# %% ../../nbs/06b_launch.ipynb #883522bb
 #| eval: false
 if __name__ == '__main__' and '__file__' in globals(): run_worker(work, RunFolder(Path(sys.argv[1])))

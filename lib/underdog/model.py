@@ -7,7 +7,7 @@ __all__ = ['DTYPES', 'CHOICES', 'ModelConfig', 'weight_files', 'base_hash', 'bac
            'linear_layers', 'layer_range', 'lora_targets', 'add_lora', 'checkpoint_head', 'PreferenceModel',
            'load_model', 'head_parameters', 'adapter_parameters']
 
-# %% ../../nbs/05_model.ipynb #b245e17b
+# %% ../../nbs/05_model.ipynb #37fbabb7
 import re, warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -20,9 +20,10 @@ from torch import nn
 from .attention import Planner, attention_of
 from .core import UserError, fingerprint, nearest, pick_dtype, quiet, read_json, resolve_input
 from .head import HEADS, make_head, pool, pool_packed, unswap
+from .memory import place_embedding
 from .pack import Packed
 
-# %% ../../nbs/05_model.ipynb #e144763f
+# %% ../../nbs/05_model.ipynb #0023d237
 DTYPES = dict(float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16)
 CHOICES = dict(head=tuple(HEADS), quantization=('none', 'nf4', 'int8'), dtype=('auto', *DTYPES), pooling=('auto', 'mean', 'read', 'last', 'first'))
 
@@ -42,7 +43,6 @@ class ModelConfig:
     pooling: str = 'auto'             # mean over the answer | read (the prompt's choice) | last | first real token
     n_classes: int = 3                # 3: a, b, tie; 2: a, b
     seed: int = 0                     # of the head and of LoRA's first values
-    checkpointing: bool = False       # recompute layers in the backward pass: less memory, a third more time
     int8_threshold: float = 6.0       # LLM.int8's outlier bound; 0: none, then a row's result does not depend on its batch
     head_act: str = ''                # activation of the layer before the scores; '' is none. Found by `load_model` with a stored head
 
@@ -54,7 +54,7 @@ class ModelConfig:
         if not 0 <= self.dropout < 1: raise UserError(f'dropout={self.dropout}: a share in [0, 1) wanted')
         if self.layers is not None and self.layers < 1: raise UserError(f'layers={self.layers}: at least 1 wanted (leave it out to keep all)')
 
-# %% ../../nbs/05_model.ipynb #6f392074
+# %% ../../nbs/05_model.ipynb #bd2dd130
 def weight_files(path):
     "The safetensors files that hold the weights of the model folder `path`, in order; `UserError` when it is none."
     path = Path(path)
@@ -85,7 +85,7 @@ def base_hash(path):
     files = weight_files(path)
     return fingerprint((path/'config.json').read_bytes(), *[part for f in files for part in (f.name, f.stat().st_size, _ends(f))])
 
-# %% ../../nbs/05_model.ipynb #c7d69bf7
+# %% ../../nbs/05_model.ipynb #c9be87a2
 def backbone_config(path, layers=None):
     "The transformers config of a text model folder, with only the first `layers` layers, no cache and no attention softcap."
     from transformers import AutoConfig
@@ -104,14 +104,18 @@ def backbone_config(path, layers=None):
     if getattr(config, 'attn_logit_softcapping', None) is not None: config.attn_logit_softcapping = None
     return config
 
-# %% ../../nbs/05_model.ipynb #716dcf99
+# %% ../../nbs/05_model.ipynb #a16adc41
 def _load_bitsandbytes():
     "Import bitsandbytes with its CPU kernel without a backward pass switched off (LoRA's gradients are then wrong)."
     try: import bitsandbytes.nn.modules as modules
     except ImportError as e: raise UserError(f'quantization wants bitsandbytes ({e}): install it, on Kaggle from the wheel dataset; or quantization=none') from None
     modules.has_avx512bf16 = lambda: False
 
-def compute_dtype(cfg, device): return pick_dtype(device)[0] if cfg.dtype == 'auto' else DTYPES[cfg.dtype]
+def compute_dtype(cfg, device):
+    "The dtype of frozen weights and arithmetic on `device`; `UserError` for one that its GPU has no units for."
+    best, reason = pick_dtype(device)
+    if cfg.dtype == 'bfloat16' and best == torch.float16: raise UserError(f'dtype=bfloat16: {reason}; set dtype=float16 (or auto)')
+    return best if cfg.dtype == 'auto' else DTYPES[cfg.dtype]
 
 def _quantization(cfg, config, dtype):
     "The bitsandbytes settings for `cfg`, or None: not quantized, or stored so in the folder."
@@ -158,6 +162,7 @@ def load_backbone(cfg, device='cpu'):
     if hasattr(config, 'attn_logit_softcapping'): backbone.config._attn_implementation = attention_of(config) or 'sdpa'
     _check_blocks(backbone, cfg, device, dtype)
     if cfg.quantization == 'none': backbone.to(device)
+    place_embedding(backbone, device)
     return backbone.requires_grad_(False).eval()
 
 def _check_blocks(backbone, cfg, device, dtype):
@@ -170,7 +175,7 @@ def _check_blocks(backbone, cfg, device, dtype):
             raise UserError(f'{cfg.path}: {name} is {m.in_features} x {m.out_features}; 4-bit on a CPU wants multiples of 64: '
                             'use quantization=none there')
 
-# %% ../../nbs/05_model.ipynb #612c6a31
+# %% ../../nbs/05_model.ipynb #58546b79
 def linear_layers(backbone):
     "Dict of the linear layers in numbered blocks: name -> number of the block."
     found = {n: re.search(r'(?:^|\.)(\d+)\.', n) for n, m in backbone.named_modules() if isinstance(m, nn.Linear)}
@@ -214,7 +219,7 @@ def add_lora(backbone, cfg):
         if p.requires_grad: p.data = p.data.float()   # fp16 parameters cannot be unscaled by a GradScaler
     return model
 
-# %% ../../nbs/05_model.ipynb #55bd443a
+# %% ../../nbs/05_model.ipynb #78863c32
 def _find_tensors(path, ends):
     "Tensors of a model folder by the end of their names: dict end -> tensor, those found."
     found = {}
@@ -239,7 +244,7 @@ def checkpoint_head(path, cfg, config):
     if act is None or 'pooler.dense.weight' not in found: return None
     return state | {'dense.0.weight': found['pooler.dense.weight'], 'dense.0.bias': found['pooler.dense.bias']}, act, 'first'
 
-# %% ../../nbs/05_model.ipynb #9d226049
+# %% ../../nbs/05_model.ipynb #b239aeef
 class PreferenceModel(nn.Module):
     """Frozen backbone with LoRA, pooling and an fp32 head.
 
@@ -274,18 +279,8 @@ def load_model(cfg, device='cpu', lora=True):
     head = make_head(cfg, backbone.config.hidden_size)
     if state is not None: head.load_state_dict(state)
     if lora: backbone = add_lora(backbone, cfg)
-    if cfg.checkpointing: _enable_checkpointing(backbone)
     source = 'seeded' if state is None else 'checkpoint'
     return PreferenceModel(cfg, backbone, head.to(device), compute_dtype(cfg, device), source, base_hash(path), planner)
-
-def _enable_checkpointing(backbone):
-    "Non-reentrant checkpointing that leaves inputs without gradients: else frozen lower layers would be run backwards for nothing."
-    base = backbone.get_base_model() if hasattr(backbone, 'get_base_model') else backbone
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', FutureWarning)   # renamed in transformers 5.23; the new name is not in 5.0
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))   # after peft: it would enable them too
-    try: base.disable_input_require_grads()
-    except AttributeError: pass   # earlier transformers did not enable them
 
 def head_parameters(model): return list(model.head.parameters())
 
