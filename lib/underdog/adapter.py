@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['save_adapter', 'load_adapter', 'merge', 'load_merged']
 
-# %% ../../nbs/05a_adapter.ipynb #899fc12c
+# %% ../../nbs/05a_adapter.ipynb #f30541c7
 import shutil, tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from .core import UserError, coerce, read_json, resolve_input, write_json
 from .model import ModelConfig, base_hash, load_model
 
-# %% ../../nbs/05a_adapter.ipynb #e62a8396
+# %% ../../nbs/05a_adapter.ipynb #f58129d4
 def save_adapter(model, folder):
     "Write adapter, head and model.json to `folder`; the folder appears whole or not at all."
     from safetensors.torch import save_file
@@ -42,11 +42,11 @@ def _fill(module, state, what, file):
     extra = set(state) - set(module)
     if extra: raise UserError(f'{file}: {what} {sorted(extra)[0]!r} is not in the model; it is of another model')
 
-def load_adapter(folder, device='cpu', base=None, dtype=None):
-    "The model saved in `folder`, with equal logits; `base` says where the backbone lies now, if it moved."
+def load_adapter(folder, device='cpu', base=None, **changes):
+    "The model saved in `folder`, with equal logits; `base` says where the backbone lies now, if it moved, `changes` of its `ModelConfig` what shall differ (dtype, quantization)."
     folder = resolve_input(folder)
     saved = read_json(folder/'model.json')
-    cfg = coerce(ModelConfig, saved['model'] | ({'path': str(base)} if base else {}) | ({'dtype': dtype} if dtype else {}))
+    cfg = coerce(ModelConfig, saved['model'] | ({'path': str(base)} if base else {}) | changes)
     found = base_hash(cfg.path)
     if found != saved['base_hash']:
         raise UserError(f"{cfg.path}: not the base model this adapter was trained on (hash {found}, {saved['base_hash']} wanted); give the same model")
@@ -61,7 +61,7 @@ def _tensors(file):
     try: return load_file(file)
     except Exception as e: raise UserError(f'{file}: cannot be read ({str(e).splitlines()[0]}); copy the run folder again') from None
 
-# %% ../../nbs/05a_adapter.ipynb #cfdfc214
+# %% ../../nbs/05a_adapter.ipynb #d2c91dde
 def merge(folder, out, base=None):
     "Write backbone + adapters as plain weights to `out`, with tokenizer, head and model.json; returns a config that loads it."
     folder, out = resolve_input(folder), Path(out)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCALAR_RATE', 'TrainConfig', 'lr_factor', 'row_order', 'split_steps', 'row_losses', 'sum_gradients', 'accumulate',
-           'fitting', 'train_step', 'make_optimizer', 'set_lr', 'progress', 'predict_logits', 'softmax', 'predict_both',
-           'FitData', 'evaluation_steps', 'fit']
+           'fitting', 'train_step', 'make_optimizer', 'set_lr', 'progress', 'part_logits', 'predict_logits', 'softmax',
+           'orders_of', 'combine_orders', 'predict_both', 'FitData', 'evaluation_steps', 'fit']
 
-# %% ../../nbs/06_train.ipynb #35082e5e
+# %% ../../nbs/06_train.ipynb #f963355c
 import math, sys, time
 from dataclasses import dataclass, field
 
@@ -19,7 +19,7 @@ from .core import UserError, peak_memory_gb
 from .memory import check_checkpointing
 from .source import RowSource, present, rank_share
 
-# %% ../../nbs/06_train.ipynb #79d69f8c
+# %% ../../nbs/06_train.ipynb #8d1b1a24
 @dataclass(frozen=True)
 class TrainConfig:
     "Settings of one training run; checks its values and says how to mend them."
@@ -55,14 +55,14 @@ class TrainConfig:
         if self.n_folds < 2: raise UserError(f'n_folds={self.n_folds}: at least 2, so that rows can be held out')
         if not -1 <= self.fold < self.n_folds: raise UserError(f'fold={self.fold}: -1 (train on all rows) or 0 to {self.n_folds - 1}')
 
-# %% ../../nbs/06_train.ipynb #d0544750
+# %% ../../nbs/06_train.ipynb #04b28a08
 def lr_factor(step, steps, warmup=0.1):
     "Share of the peak learning rate at `step` (0-based) of `steps`: linear warm-up, then cosine to 0 (Loshchilov & Hutter 2017)."
     rising = max(1, round(steps*warmup))
     if step < rising: return (step + 1)/rising
     return 0.5*(1 + math.cos(math.pi*(step - rising)/max(1, steps - rising)))
 
-# %% ../../nbs/06_train.ipynb #0710ad71
+# %% ../../nbs/06_train.ipynb #54c8e957
 def row_order(n, epochs, seed):
     "`round(n*epochs)` row positions: one seeded permutation after the other."
     rng = np.random.default_rng(seed)
@@ -72,13 +72,13 @@ def split_steps(order, batch_rows):
     "Consecutive slices of `batch_rows` rows; the last one may be shorter."
     return [order[i:i + batch_rows] for i in range(0, len(order), batch_rows)]
 
-# %% ../../nbs/06_train.ipynb #1189f97b
+# %% ../../nbs/06_train.ipynb #8f084e78
 def row_losses(logits, y, offset=None):
     "Cross-entropy per row, in nats: `logits` (B,C), `y` (B,C) probabilities, `offset` (B,C) log-probabilities or None."
     if offset is not None: logits = logits + offset
     return -(y*F.log_softmax(logits.float(), -1)).sum(-1)
 
-# %% ../../nbs/06_train.ipynb #91a3e605
+# %% ../../nbs/06_train.ipynb #8a33b6ee
 def sum_gradients(params, accelerator):
     "Replace each gradient by its sum over all processes, in one message."
     if accelerator.num_processes == 1: return
@@ -117,7 +117,7 @@ def train_step(model, source, shown, y, offset, optimizer, params, accelerator, 
     optimizer.zero_grad()
     return total, tokens, float(norm), budget
 
-# %% ../../nbs/06_train.ipynb #98794d4f
+# %% ../../nbs/06_train.ipynb #2237606b
 SCALAR_RATE = 10   # learning rate of the head's scalars over that of its weights
 
 def make_optimizer(model, cfg):
@@ -134,7 +134,7 @@ def make_optimizer(model, cfg):
 def set_lr(optimizer, factor):
     for g in optimizer.param_groups: g['lr'] = g['peak']*factor
 
-# %% ../../nbs/06_train.ipynb #833b85da
+# %% ../../nbs/06_train.ipynb #44718c29
 def progress(total, what, unit='row'):
     "A tqdm bar on stdout; in a log file (no terminal) it prints a line every ten seconds."
     from tqdm import tqdm
@@ -143,38 +143,55 @@ def progress(total, what, unit='row'):
                 smoothing=.1)
 
 @torch.no_grad()
-def predict_logits(model, source, rows, n_classes, orders=(False,), budget=8192, accelerator=None, what='predict'):
+def part_logits(model, source, part, orders=(False,)):
+    "Logits (len(orders), len(part), C) float32 on the model's device of the rows `part` in one forward pass; halved where memory runs out."
+    device, position = next(model.head.parameters()).device, {int(r): i for i, r in enumerate(part)}
+    try:
+        batch = source.batch([(r, o) for r in part for o in orders]).to(device)
+        out = torch.zeros(len(orders), len(part), model.cfg.n_classes, device=device)
+        out[[orders.index(bool(o)) for o in batch.swapped], [position[int(r)] for r in batch.rows]] = model(batch).float()
+        return out
+    except torch.OutOfMemoryError:
+        if len(part) == 1: raise UserError('out of memory with a single row; set quantization=nf4 or a smaller max_length') from None
+    if device.type == 'cuda': torch.cuda.empty_cache()
+    print(f'out of memory with {len(part)} rows in a forward pass: half as many now', flush=True)
+    return torch.cat([part_logits(model, source, half, orders) for half in (part[:len(part)//2], part[len(part)//2:])], 1)
+
+def predict_logits(model, source, rows, orders=(False,), budget=8192, accelerator=None, what='predict'):
     "Logits (len(orders), len(rows), C) float32 numpy, rows in the given order; of an order True, A and B are exchanged on the way in and back on the way out."
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    device = next(iter(model.head.parameters())).device
-    out, position = torch.zeros(len(orders), len(rows), n_classes, device=device), {int(r): i for i, r in enumerate(rows)}
+    device = next(model.head.parameters()).device
+    out, position = torch.zeros(len(orders), len(rows), model.cfg.n_classes, device=device), {int(r): i for i, r in enumerate(rows)}
     mine = rank_share(list(position), source.lengths, rank, world)
     was_training = model.training
     model.eval()
     with progress(len(mine), what) as bar:
         bar.disable = bar.disable or rank > 0
         for part in source.bins(mine, budget, orders):
-            batch = source.batch([(r, o) for r in part for o in orders]).to(device)
-            out[[orders.index(bool(o)) for o in batch.swapped], [position[int(r)] for r in batch.rows]] = model(batch).float()
+            out[:, [position[int(r)] for r in part]] = part_logits(model, source, part, orders)
             bar.update(len(part))
     model.train(was_training)
     if world > 1: out = accelerator.reduce(out, 'sum')
     return out.cpu().numpy()
 
-# %% ../../nbs/06_train.ipynb #884d350b
+# %% ../../nbs/06_train.ipynb #735c21e4
 def softmax(z):
     z = np.asarray(z, np.float64)
     e = np.exp(z - z.max(-1, keepdims=True))
     return e/e.sum(-1, keepdims=True)
 
-def predict_both(model, source, rows, offset=None, tta=True, **kwargs):
-    "Dict of (n,C) arrays: `logits` (first order, with `offset`), `one` (its probabilities), `both` (mean over the two orders)."
-    n_classes = kwargs.pop('n_classes', None) or model.cfg.n_classes
-    orders = (False, True) if tta and source.head == 'joint' else (False,)
-    logits = predict_logits(model, source, rows, n_classes, orders, **kwargs) + (0 if offset is None else offset)
+def orders_of(head, tta=True): return (False, True) if tta and head == 'joint' else (False,)
+
+def combine_orders(logits, offset=None):
+    "Logits (orders, n, C) -> dict of (n,C) arrays: `logits` (first order, with `offset`), `one` (its probabilities), `both` (mean over the orders)."
+    logits = logits + (0 if offset is None else offset)
     return dict(logits=logits[0], one=softmax(logits[0]), both=softmax(logits).mean(0))
 
-# %% ../../nbs/06_train.ipynb #90e4e0a1
+def predict_both(model, source, rows, offset=None, tta=True, **kwargs):
+    "Predictions of `rows` as of `combine_orders`; in both orders if the head can tell them apart and `tta`."
+    return combine_orders(predict_logits(model, source, rows, orders_of(source.head, tta), **kwargs), offset)
+
+# %% ../../nbs/06_train.ipynb #b4451555
 @dataclass
 class FitData:
     "Rows for one run: `source`, labels `y` (n,C), `offset` (n,C) log-probabilities or None, row positions `train` and `held`."
@@ -188,7 +205,7 @@ def evaluation_steps(steps, evaluations):
     "The (1-based) steps after which to evaluate: evenly spaced, the last step always among them."
     return sorted({round(steps*(i + 1)/evaluations) for i in range(evaluations)} - {0})
 
-# %% ../../nbs/06_train.ipynb #b0652e27
+# %% ../../nbs/06_train.ipynb #105a4dc9
 def fit(model, data, cfg, accelerator, log=lambda **m: None, evaluate=lambda step: {}):
     "Train `model` on `data.train`: calls `log(step=…, loss=…, …)` every `log_every` steps and `evaluate(step)` at the planned steps."
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes

@@ -1,0 +1,148 @@
+"Inference by several processes: every part once, rows in order, equal to one process, nothing lost when a worker dies; other precisions, merged adapters, little memory."
+import os
+import signal
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_packing import prompter, rows_of
+from test_pipeline import finished, small_run, world   # noqa: F401 (fixtures)
+from test_model import bases, trained   # noqa: F401 (bases is a fixture)
+
+from underdog.core import UserError, write_json
+from underdog.infer import InferConfig, infer, predict_parts, start_worker, work
+from underdog.model import ModelConfig
+from underdog.source import RowSource
+from underdog.train import part_logits
+from underdog.workers import Workers, WorkQueue
+
+
+@given(st.integers(0, 30), st.lists(st.tuples(st.sampled_from('abc'), st.sampled_from(['take', 'done', 'die'])), max_size=80))
+def test_every_part_is_done_once_whoever_dies(n, events):
+    queue, done = WorkQueue(n), []
+    for worker, event in events + [('z', e) for _ in range(n) for e in ('take', 'done')] + [(w, 'die') for w in 'abc'] + [('z', e) for _ in range(n) for e in ('take', 'done')]:
+        held = queue.held.get(worker, [])
+        if event == 'take': queue.take(worker)
+        elif event == 'die': queue.hand_back(worker)
+        elif held:
+            done.append(held[0])
+            queue.done(worker, held[0])
+    assert sorted(done) == list(range(n)) and queue.left == 0
+
+
+def test_what_comes_back_goes_first():
+    queue = WorkQueue(6)
+    for worker in 'aab': queue.take(worker)
+    assert queue.hand_back('a') == [0, 1] and [queue.take('b') for _ in range(3)] == [0, 1, 3]
+
+
+def squares(marker, device):
+    "A worker's start: squares; on a bad device the process is killed in its second part, once or (no marker) always."
+    count = []
+
+    def compute(x):
+        count.append(x)
+        if device == 'bad' and len(count) == 2 and not (marker and Path(marker).exists()):
+            if marker: Path(marker).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return x*x
+    if device == 'broken': raise UserError('this device is broken')
+    return compute
+
+
+@pytest.mark.parametrize('devices', [['good', 'bad'], ['bad', 'good', 'broken']])
+def test_a_dead_worker_loses_nothing(devices, tmp_path):
+    results, said = {}, []
+
+    def done(i, result):
+        assert i not in results
+        results[i] = result
+    with Workers(partial(squares, str(tmp_path/'marker')), devices) as workers: workers.run(list(range(60)), done, lambda text, **_: said.append(text))
+    assert results == {i: i*i for i in range(60)}
+    assert len(said) <= len(devices) - 1 and all('go to the others' in s for s in said)
+    assert not any(process.is_alive() for _, process in workers.processes.values())
+
+
+def test_no_worker_left_says_why():
+    with Workers(partial(squares, ''), ['bad', 'broken']) as workers, pytest.raises(RuntimeError, match='(?s)59 of 60 parts.*') as e: workers.run(list(range(60)), lambda i, r: None, lambda *a, **k: None)
+    assert 'worker 0 on bad: ended with code -9' in str(e.value) and 'this device is broken' in str(e.value)
+
+
+def same(a, b, **tolerance):
+    columns = [c for c in a if c.startswith(('p_', 'one_'))]
+    assert a['id'].tolist() == b['id'].tolist()
+    np.testing.assert_allclose(a[columns], b[columns], **tolerance)
+
+
+def test_two_processes_predict_what_one_does(world, finished, tmp_path):   # noqa: F811
+    "In small parts, so that both have work; bit by bit, as the parts are the same."
+    one = infer_here(finished, world/'test.csv', tmp_path/'one', batch_tokens=400)
+    two = infer(finished.path, world/'test.csv', tmp_path/'two', InferConfig(batch_tokens=400, processes=2))
+    pd.testing.assert_frame_equal(one, two)
+
+
+def dying(run, files, cfg, marker, device):
+    "The real worker's start, killed once in its second part."
+    compute, count = start_worker(run, files, cfg, None, device), []
+
+    def killed_once(part):
+        count.append(part)
+        if len(count) == 2 and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return compute(part)
+    return killed_once
+
+
+def test_a_killed_process_loses_no_row(world, finished, tmp_path):   # noqa: F811
+    files, cfg, parts = finished.config['tokens'], InferConfig(), [list(range(i, i + 5)) for i in range(0, 60, 5)]
+    alone, shared = {}, {}
+    predict_parts(parts, partial(start_worker, finished.path, files, cfg, None), ['cpu'], alone.__setitem__)
+    predict_parts(parts, partial(dying, finished.path, files, cfg, tmp_path/'marker'), ['cpu', 'cpu'], shared.__setitem__)
+    assert (tmp_path/'marker').exists() and sorted(shared) == list(range(len(parts)))
+    for i in alone: np.testing.assert_array_equal(alone[i], shared[i])
+
+
+def infer_here(run, test_csv, out, **changes):
+    "`infer` without the process around it."
+    out.mkdir()
+    write_json(out/'infer.json', asdict(InferConfig(**changes)))
+    work(run, test_csv, out)
+    return pd.read_parquet(out/'predictions.parquet')
+
+
+@pytest.fixture(scope='module')
+def plain(world, finished, tmp_path_factory): return infer_here(finished, world/'test.csv', tmp_path_factory.mktemp('plain')/'out')   # noqa: F811
+
+
+@pytest.mark.parametrize('changes,tolerance', [(dict(merge=True), 1e-5), (dict(quantization='int8', int8_threshold=0.), .05), (dict(quantization='nf4', merge=True), .1), (dict(dtype='bfloat16'), .05)])
+def test_other_precisions_are_near(world, finished, plain, tmp_path, changes, tolerance):   # noqa: F811
+    other = infer_here(finished, world/'test.csv', tmp_path/'out', **changes)
+    same(plain, other, atol=tolerance)
+    if 'merge' not in changes: assert not np.array_equal(plain['p_a'], other['p_a'])
+    assert sorted(p.name for p in (tmp_path/'out').iterdir()) == ['infer.json', 'predictions.parquet']   # the merged copy is gone
+
+
+@pytest.mark.parametrize('wrong,match', [(dict(processes=-1), 'one per GPU'), (dict(quantization='int3'), 'int8'), (dict(dtype='fp16'), 'float16'), (dict(batch_tokens=0), 'above 0')])
+def test_settings_that_cannot_work(wrong, match):
+    with pytest.raises(UserError, match=match): InferConfig(**wrong)
+
+
+def test_memory_that_runs_out_halves_the_batch_and_changes_no_row(bases, monkeypatch, capsys):   # noqa: F811
+    model = trained(ModelConfig(str(bases['llama']), head='joint', rank=4))
+    source, rows, orders = RowSource(rows_of(8), prompter('joint'), 'causal'), list(range(8)), (False, True)
+    expected, forward = part_logits(model, source, rows, orders), type(model).forward
+
+    def tight(self, batch):
+        if batch.tokens > 150: raise torch.OutOfMemoryError('as a GPU would')
+        return forward(self, batch)
+    monkeypatch.setattr(type(model), 'forward', tight)
+    assert torch.allclose(part_logits(model, source, rows, orders), expected, atol=1e-5) and 'half as many' in capsys.readouterr().out
+    monkeypatch.setattr(type(model), 'forward', lambda self, batch: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    with pytest.raises(UserError, match='a single row'): part_logits(model, source, rows, orders)
