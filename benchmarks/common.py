@@ -37,8 +37,8 @@ def shared_file(name='lmsys_train_1000.csv'):
     return path if path.is_file() else None
 
 
-def row_lengths(n=EPOCH, seed=0):
-    "((n, 3) tokens of prompt, A and B, cut at `CUT` and divided by `SCALE`; where they come from)."
+def row_lengths(n=EPOCH, seed=0, scale=SCALE):
+    "((n, 3) tokens of prompt, A and B, cut at `CUT` and divided by `scale`; where they come from)."
     rng, file = np.random.default_rng(seed), shared_file()
     if file:
         from underdog.data import read_rows
@@ -49,7 +49,7 @@ def row_lengths(n=EPOCH, seed=0):
         share, tokens = np.array(LENGTHS).T
         total, split = np.exp(np.interp(rng.random(n), share, np.log(tokens))), rng.beta(8, 8, n)
         lengths, source = total[:, None]*np.stack([np.full(n, PROMPT_SHARE), (1 - PROMPT_SHARE)*split, (1 - PROMPT_SHARE)*(1 - split)], 1), 'the recorded table of the LMSYS train.csv'
-    lengths = lengths*np.minimum(1, CUT/lengths.sum(1))[:, None]/SCALE
+    lengths = lengths*np.minimum(1, CUT/lengths.sum(1))[:, None]/scale
     return np.maximum(1, lengths.round().astype(int)), source
 
 

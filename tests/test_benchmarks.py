@@ -1,0 +1,87 @@
+"The benchmarks' own rules: lengths within the cut, even samples, paired ratios, and a short run of each whose noise-free figures hold."
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPO
+
+sys.path.insert(0, str(REPO))
+from benchmarks import common, gpu   # noqa: E402
+from benchmarks.train import epoch_batches, padded_sizes   # noqa: E402
+
+
+@pytest.mark.parametrize('real', [True, False])
+def test_lengths_are_cut_scaled_and_seeded(real, monkeypatch):
+    if real and not common.shared_file(): pytest.skip('no real rows beside the checkout')
+    if not real: monkeypatch.setattr(common, 'shared_file', lambda: None)
+    (a, source), (b, _), (c, _) = common.row_lengths(2000), common.row_lengths(2000), common.row_lengths(2000, seed=1)
+    assert a.shape == (2000, 3) and (a >= 1).all() and a.sum(1).max() <= common.CUT/common.SCALE + 2
+    assert np.array_equal(a, b) and not np.array_equal(a, c) and ('real' in source) == real
+    assert 80 < a.sum(1).mean()*common.SCALE/8 < 110   # LMSYS: about 700 tokens a row
+
+
+def test_a_sample_is_even():
+    sizes = np.random.default_rng(0).lognormal(5, 1, 5000)
+    for seed in range(5):
+        at = common.spread(sizes, 40, np.random.default_rng(seed))
+        assert len(set(at)) == 40 and abs(np.log(sizes[at]).mean() - np.log(sizes).mean()) < .1   # of a random sample, .16 on average
+
+
+def test_ratios_are_paired_by_round():
+    results = dict(ours=[(10, 1), (10, 2), (10, 4)], peer=[(10, 2), (10, 4), (10, 8)])   # the machine slows down; the ratio stays
+    assert common.ratios(results, 'ours', 'peer') == dict(median=2, best=2, min=2, max=2)
+    seen = common.paired_rounds(dict(a=lambda i: (i + 1, 1.), b=lambda i: (2, 1.)), 3)
+    assert seen == dict(a=[(1, 1.), (2, 1.), (3, 1.)], b=[(2, 1.)]*3)
+
+
+def test_batches_of_an_epoch():
+    lengths = np.arange(30).reshape(10, 3)
+    batches = epoch_batches(np.arange(10)[::-1])
+    assert batches.tolist() == [[9, 8, 7, 6, 5, 4, 3, 2]] and padded_sizes(lengths, batches).tolist() == [8*(27 + 28 + 29 + 4)]
+
+
+def run(name, *args):
+    "The JSON at the end of a benchmark's output."
+    done = subprocess.run([sys.executable, '-m', f'benchmarks.{name}', *args], cwd=REPO, stdout=subprocess.PIPE, text=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
+    assert done.returncode == 0, done.stdout[-2000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def test_train_computes_the_same_with_less():
+    got = run('train', '--rounds', '1', '--steps', '1')
+    assert {'vs_trainer_default', 'vs_group_by_length', 'vs_kbit_recipe', 'token_efficiency', 'max_logit_diff', 'flops_predicted_over_measured'} <= set(got)
+    assert got['max_logit_diff'] < 1e-5 and got['min_gradient_cosine'] > .9999 and got['token_efficiency'] >= .995 and got['attention_share'] < .15
+    assert abs(got['flops_predicted_over_measured'] - 1) < .01
+    for peer, least in {'Trainer, default': 2, 'Trainer, group_by_length': 1.1, 'Trainer, k-bit recipe': 3.5}.items(): assert got['operations_over_ours'][peer] > least
+
+
+def test_infer_computes_the_same_with_less():
+    got = run('infer', '--rounds', '1', '--rows', '16')
+    assert {'vs_file_order', 'vs_sorted', 'both_orders_cost', 'symmetric_cost', 'two_worker_speedup'} <= set(got)
+    operations = got['operations']
+    assert got['max_logit_diff'] < 1e-5 and operations['padded, sorted'] > 1 and operations['padded, file order'] > 1.8
+    assert operations['underdog, both orders'] < 1.95 and operations['underdog, symmetric'] < 1.1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a card: the benchmark would run')
+def test_gpu_says_why_it_is_skipped(): assert run('gpu') == dict(skipped='no CUDA device')
+
+
+@pytest.mark.parametrize('name,kind', [('mistral-7b', 'nf4'), ('gemma-2-9b', 'int8'), ('deberta-v3-large', 'none')])
+def test_gpu_measures_what_it_says_on_a_cpu(name, kind, monkeypatch):
+    "The same code with small shapes: packed logits of the built model equal padded ones, and every job has a rate."
+    small = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=512)
+    model_type, shape = gpu.SHAPES[name]
+    monkeypatch.setitem(gpu.SHAPES, name, (model_type, shape | small | (dict(num_key_value_heads=2, head_dim=16) if 'head_dim' in shape else {})))
+    lengths = np.array([[3, 9, 4], [5, 2, 8], [1, 1, 1], [6, 12, 20]])
+    model = gpu.build(*gpu.SHAPES[name], kind, 'joint', 'cpu', torch.float32).eval()
+    packed, padded = ({int(r): z for b in gpu.batches_of(lengths, how, 'joint', model) for r, z in zip(b.rows, model(b))} for how in ('underdog', 'random'))
+    for r in packed: torch.testing.assert_close(packed[r], padded[r], rtol=1e-3, atol=3e-2 if kind == 'int8' else 1e-4)
+    rows = gpu.measure(name, kind, lengths, 1, 'cpu', torch.float32, 1e12)
+    jobs = {(r['job'], r['how']) for r in rows}
+    assert ('infer', 'underdog') in jobs and all(r['useful_tokens_per_s'] > 0 and r['share_of_ceiling'] > 0 for r in rows)
+    assert (('train', 'underdog') in jobs) == (kind != 'int8') and (('train, k-bit recipe', 'random') in jobs) == (kind == 'nf4')
