@@ -130,7 +130,7 @@ def kbit_recipe(model):
 
 
 def measure(name, kind, lengths, rounds, device, dtype, ceiling):
-    "Rows of the table for one model in one precision: (what, useful tokens/s, over the best peer, share of the ceiling, peak GB)."
+    "Results of one model in one precision: a dict for each job and way of batching; a job that runs out of memory is named and left out."
     import torch
     model_type, shape = SHAPES[name]
     model, useful = build(model_type, shape, kind, 'joint', device, dtype), int(lengths.sum() + sum(len(FRAME[n]) for n in ('start', 'label_a', 'label_b', 'end'))*len(lengths))
@@ -142,7 +142,11 @@ def measure(name, kind, lengths, rounds, device, dtype, ceiling):
             batches = batches_of(lengths, how, 'joint', model)
             if str(device).startswith('cuda'): torch.cuda.reset_peak_memory_stats()
             try: times = [seconds_of(model, batches, device, train) for _ in range(rounds + 1)][1:]   # the first one warms up
-            except torch.OutOfMemoryError: continue
+            except torch.OutOfMemoryError:
+                print(f'{name} {kind}: {job} {how} does not fit into memory')
+                model.zero_grad()
+                torch.cuda.empty_cache()
+                continue
             rates[job, how] = useful/statistics.median(times)
             peaks[job, how] = torch.cuda.max_memory_allocated()/1e9 if str(device).startswith('cuda') else float('nan')
     return [dict(model=name, precision=kind, job=job, how=how, useful_tokens_per_s=r, share_of_ceiling=r*P*(2 if job == 'infer' else 4)/ceiling, peak_gb=peaks[job, how],

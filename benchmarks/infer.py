@@ -1,6 +1,6 @@
 """Rows per CPU second of a prediction: underdog's packed rows beside padded batches, and what both orders, pair and symmetric cost.
 
-    python -m benchmarks.infer [--rounds 5] [--rows 64]
+    python -m benchmarks.infer [--rounds 9] [--rows 64]
 
 The same small Llama with LoRA, fp32, one thread; a test set of 25,000 rows with the lengths of LMSYS (cut at 2,048, divided by 5). The peers: batches of 8 in file order with dynamic padding, and the
 public inference notebook's way, all rows sorted by length first; a round computes some of each one's batches, spread evenly over the sizes that occur. Counters without noise come first, then paired rounds in random order; last, one worker process against two, in wall time on as many cores.
@@ -99,7 +99,7 @@ def two_workers(base, lengths, rounds=3):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--rounds', type=int, default=5, help='paired rounds (default 5)')
+    parser.add_argument('--rounds', type=int, default=9, help='paired rounds (default 9)')
     parser.add_argument('--rows', type=int, default=64, help='rows per side and round (default 64)')
     args = parser.parse_args()
     one_thread()

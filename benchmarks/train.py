@@ -1,12 +1,14 @@
 """Useful tokens per CPU second of a LoRA training step: underdog's packed rows beside Hugging Face's Trainer.
 
-    python -m benchmarks.train [--rounds 5] [--steps 6]
+    python -m benchmarks.train [--rounds 5] [--steps 6] [--quick]
 
 The same small Llama, the same LoRA on all linear layers, 8 rows a step, fp32, one thread. Every peer takes its batches from its own sampler over a whole epoch of 57,477 rows with the lengths of
 LMSYS (cut at 2,048, divided by 5); a round runs `--steps` of them, spread evenly over the sizes that occur. Counters without noise come first, then paired rounds in random order. See benchmarks/README.md.
 The last line of output is JSON.
 """
 import argparse
+import contextlib
+import io
 import tempfile
 import time
 
@@ -95,15 +97,15 @@ def our_model(base, lora_layers=''):
 
 
 def run_ours(model, tokens, packing='causal'):
-    "(useful tokens, CPU seconds) of underdog's own loop on these rows; `packing` '': padded, as the control."
+    "(useful tokens, CPU seconds) of underdog's own loop on these rows, 8 a step in the order given; `packing` '': padded, as the control."
     from accelerate import Accelerator
 
     from underdog.source import RowSource
-    from underdog.train import FitData, TrainConfig, fit
-    import contextlib, io
-    source = RowSource(tokens, make_prompter('joint'), packing)
+    from underdog.train import FitData, TrainConfig, fit, row_order
     cfg = TrainConfig(batch_rows=ROWS, batch_tokens=BUDGET if packing else 10**6, lr=1e-4, head_lr=1e-4, orders='given', evaluations=1, log_every=10**6)
-    data = FitData(source, np.eye(3)[np.arange(len(tokens)) % 3], None, np.arange(len(tokens)))
+    source = RowSource(tokens, make_prompter('joint'), packing)
+    in_order = np.argsort(row_order(len(tokens), cfg.epochs, cfg.seed))   # `fit` shuffles; so every step gets the batch that the peer's sampler drew
+    data = FitData(source, np.eye(3)[np.arange(len(tokens)) % 3], None, in_order)
     with contextlib.redirect_stdout(io.StringIO()):
         start = time.process_time()
         fit(model, data, cfg, Accelerator(cpu=True))
@@ -174,7 +176,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--rounds', type=int, default=5, help='paired rounds (default 5)')
     parser.add_argument('--steps', type=int, default=6, help='optimizer steps of 8 rows per side and round (default 6)')
+    parser.add_argument('--quick', action='store_true', help='one round of one step, half a minute: the counters and the equality hold, the times say little')
     args = parser.parse_args()
+    if args.quick: args.rounds = args.steps = 1
     one_thread()
     lengths, origin = row_lengths()
     folder = tempfile.mkdtemp()
@@ -199,6 +203,7 @@ def main():
     real, computed = sum(len(x['input_ids']) for x in Rows(rows(0)).items), sum(b.padded for b in packed)
     (linear, attention), frozen = (counted(lambda: [models[m].train()(b).sum().backward() for b in packed]) for m in ('ours', 'frozen'))
     formula = predicted_linear(computed, len(source), FROZEN)/frozen[0]
+    last_layer = predicted_linear(computed, computed, 0)/predicted_linear(computed, len(source), 0)
     mine, mine_frozen = (linear + attention)/real, sum(frozen)/real
     operations = {'Trainer, default': peer_operations(models['plain'], pick('random', 0))/mine, 'Trainer, group_by_length': peer_operations(models['plain'], pick('group_by_length', 0))/mine,
                   'Trainer, k-bit recipe': peer_operations(models['kbit'], pick('random', 0))/mine_frozen}
@@ -207,6 +212,7 @@ def main():
     table('without noise', ('counter', 'value'), [
         ('real over computed tokens, a whole epoch: Trainer, random batches', efficiency['random']), ('… group_by_length', efficiency['group_by_length']), ('… underdog', real/computed),
         *((f'operations of a useful token over ours: {k}', v) for k, v in operations.items()),
+        ('… of it from computing the last layer only where it is read', last_layer),
         ('attention, share of our arithmetic', attention/(linear + attention)), ('lower 3/8 frozen: operations of the linear layers, formula over counted', formula),
         ('largest difference of logits, packed to padded, 1e-6', difference*1e6), ('least cosine of a LoRA gradient', cosine)])
 
@@ -220,8 +226,8 @@ def main():
         ('vs_own_loop_random', 'underdog', 'own loop, random, padded'), ('vs_trainer_default', 'underdog', 'Trainer, default'),
         ('vs_group_by_length', 'underdog', 'Trainer, group_by_length'), ('vs_kbit_recipe', 'underdog, lower 3/8 frozen', 'Trainer, k-bit recipe'))}
     table('useful tokens per CPU second, underdog over peer', ('peer', 'median', 'best of each', 'least', 'greatest'), [(k, *v.values()) for k, v in compared.items()])
-    last_line(dict({k: v['median'] for k, v in compared.items()}, **{f'{k}_min': v['min'] for k, v in compared.items()}, token_efficiency=real/computed, max_logit_diff=difference,
-                   min_gradient_cosine=cosine, flops_predicted_over_measured=formula, operations_over_ours=operations, attention_share=attention/(linear + attention), rounds=args.rounds, lengths=origin))
+    last_line(dict({k: v['median'] for k, v in compared.items()}, **{f'{k}_{m}': v[m] for m in ('min', 'max', 'best') for k, v in compared.items()}, token_efficiency=real/computed, max_logit_diff=difference,
+                   min_gradient_cosine=cosine, flops_predicted_over_measured=formula, operations_over_ours=operations, last_layer_saving=last_layer, attention_share=attention/(linear + attention), rounds=args.rounds, lengths=origin))
 
 
 if __name__ == '__main__': main()

@@ -403,6 +403,18 @@ def test_a_base_stored_in_4_bit(bases, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a CUDA device')
+def test_liger_wants_a_gpu(bases):
+    with pytest.raises(UserError, match='its kernels are for GPUs'): load_model(ModelConfig(str(bases['llama']), liger=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
+@pytest.mark.parametrize('family', DECODERS)
+def test_gpu_liger_gives_equal_logits(bases, family):
+    pytest.importorskip('liger_kernel', reason='liger-kernel is not installed')
+    plain, fused = (load_model(ModelConfig(str(bases[family]), dtype='float32', liger=liger), 'cuda:0').eval() for liger in (False, True))
+    torch.testing.assert_close(logits_of(plain, make_batch().to('cuda:0')), logits_of(fused, make_batch().to('cuda:0')), rtol=1e-3, atol=1e-4)
+
+
 def test_cuda_without_a_device_is_refused(bases):
     with pytest.raises(UserError, match='no CUDA device'): load_model(ModelConfig(str(bases['llama'])), 'cuda:0')
 

@@ -7,8 +7,8 @@ __all__ = ['DTYPES', 'CHOICES', 'ModelConfig', 'weight_files', 'base_hash', 'bac
            'linear_layers', 'layer_range', 'lora_targets', 'add_lora', 'checkpoint_head', 'PreferenceModel',
            'load_model', 'head_parameters', 'adapter_parameters']
 
-# %% ../../nbs/05_model.ipynb #37fbabb7
-import re, warnings
+# %% ../../nbs/05_model.ipynb #d5fd796f
+import inspect, re, warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from .head import HEADS, make_head, pool, pool_packed, unswap
 from .memory import place_embedding
 from .pack import Packed
 
-# %% ../../nbs/05_model.ipynb #0023d237
+# %% ../../nbs/05_model.ipynb #8770be40
 DTYPES = dict(float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16)
 CHOICES = dict(head=tuple(HEADS), quantization=('none', 'nf4', 'int8'), dtype=('auto', *DTYPES), pooling=('auto', 'mean', 'read', 'last', 'first'))
 
@@ -44,6 +44,7 @@ class ModelConfig:
     n_classes: int = 3                # 3: a, b, tie; 2: a, b
     seed: int = 0                     # of the head and of LoRA's first values
     int8_threshold: float = 6.0       # LLM.int8's outlier bound; 0: none, then a row's result does not depend on its batch
+    liger: bool = False               # Liger's element-wise kernels on a GPU (pip install '.[gpu]'): norms, rotary positions, gated MLP
     head_act: str = ''                # activation of the layer before the scores; '' is none. Found by `load_model` with a stored head
 
     def __post_init__(self):
@@ -54,7 +55,7 @@ class ModelConfig:
         if not 0 <= self.dropout < 1: raise UserError(f'dropout={self.dropout}: a share in [0, 1) wanted')
         if self.layers is not None and self.layers < 1: raise UserError(f'layers={self.layers}: at least 1 wanted (leave it out to keep all)')
 
-# %% ../../nbs/05_model.ipynb #bd2dd130
+# %% ../../nbs/05_model.ipynb #913ef2e3
 def weight_files(path):
     "The safetensors files that hold the weights of the model folder `path`, in order; `UserError` when it is none."
     path = Path(path)
@@ -85,7 +86,7 @@ def base_hash(path):
     files = weight_files(path)
     return fingerprint((path/'config.json').read_bytes(), *[part for f in files for part in (f.name, f.stat().st_size, _ends(f))])
 
-# %% ../../nbs/05_model.ipynb #c9be87a2
+# %% ../../nbs/05_model.ipynb #29e2386a
 def backbone_config(path, layers=None):
     "The transformers config of a text model folder, with only the first `layers` layers, no cache and no attention softcap."
     from transformers import AutoConfig
@@ -104,7 +105,7 @@ def backbone_config(path, layers=None):
     if getattr(config, 'attn_logit_softcapping', None) is not None: config.attn_logit_softcapping = None
     return config
 
-# %% ../../nbs/05_model.ipynb #a16adc41
+# %% ../../nbs/05_model.ipynb #d0279215
 def _load_bitsandbytes():
     "Import bitsandbytes with its CPU kernel without a backward pass switched off (LoRA's gradients are then wrong)."
     try: import bitsandbytes.nn.modules as modules
@@ -163,7 +164,18 @@ def load_backbone(cfg, device='cpu'):
     _check_blocks(backbone, cfg, device, dtype)
     if cfg.quantization == 'none': backbone.to(device)
     place_embedding(backbone, device)
+    if cfg.liger: _use_liger(backbone, device)
     return backbone.requires_grad_(False).eval()
+
+def _use_liger(backbone, device):
+    "Liger's kernels for norms, rotary positions and gated MLPs; none holds a matrix product, so they suit a T4 (sm_75) too."
+    if device.type != 'cuda': raise UserError('liger=True: its kernels are for GPUs; leave it off here')
+    try: import liger_kernel.transformers as liger
+    except ImportError as e: raise UserError(f"liger=True wants liger-kernel ({e}): pip install '.[gpu]', on Kaggle from the wheel dataset; or liger=False") from None
+    apply = getattr(liger, f'apply_liger_kernel_to_{backbone.config.model_type}', None)
+    if apply is None: raise UserError(f'liger=True: Liger has no kernels for {backbone.config.model_type}; leave it off')
+    wanted = dict(rope=True, rms_norm=True, swiglu=True, geglu=True, cross_entropy=False, fused_linear_cross_entropy=False)
+    apply(model=backbone, **{k: v for k, v in wanted.items() if k in inspect.signature(apply).parameters})
 
 def _check_blocks(backbone, cfg, device, dtype):
     "bitsandbytes' 4-bit CPU kernels want sizes that are multiples of 64; a stored quantization gets our compute dtype."
@@ -175,7 +187,7 @@ def _check_blocks(backbone, cfg, device, dtype):
             raise UserError(f'{cfg.path}: {name} is {m.in_features} x {m.out_features}; 4-bit on a CPU wants multiples of 64: '
                             'use quantization=none there')
 
-# %% ../../nbs/05_model.ipynb #58546b79
+# %% ../../nbs/05_model.ipynb #43d0dcd6
 def linear_layers(backbone):
     "Dict of the linear layers in numbered blocks: name -> number of the block."
     found = {n: re.search(r'(?:^|\.)(\d+)\.', n) for n, m in backbone.named_modules() if isinstance(m, nn.Linear)}
@@ -219,7 +231,7 @@ def add_lora(backbone, cfg):
         if p.requires_grad: p.data = p.data.float()   # fp16 parameters cannot be unscaled by a GradScaler
     return model
 
-# %% ../../nbs/05_model.ipynb #78863c32
+# %% ../../nbs/05_model.ipynb #5962fb56
 def _find_tensors(path, ends):
     "Tensors of a model folder by the end of their names: dict end -> tensor, those found."
     found = {}
@@ -244,7 +256,7 @@ def checkpoint_head(path, cfg, config):
     if act is None or 'pooler.dense.weight' not in found: return None
     return state | {'dense.0.weight': found['pooler.dense.weight'], 'dense.0.bias': found['pooler.dense.bias']}, act, 'first'
 
-# %% ../../nbs/05_model.ipynb #b239aeef
+# %% ../../nbs/05_model.ipynb #c878d40e
 class PreferenceModel(nn.Module):
     """Frozen backbone with LoRA, pooling and an fp32 head.
 
