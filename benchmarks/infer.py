@@ -47,7 +47,7 @@ def peer(model, tokens):
 def ours(model, head, tokens, orders=(False,)):
     "(logits of the first order, tokens computed) of packed parts."
     from underdog.source import RowSource
-    from underdog.train import part_logits
+    from underdog.predict import part_logits
     source, out = RowSource(tokens, make_prompter(head), 'causal'), np.empty((len(orders), len(tokens), 3), np.float32)
     parts = source.bins(np.arange(len(tokens)), BUDGET, orders)
     for part in parts: out[:, part] = part_logits(model, source, part, orders).numpy()
@@ -66,7 +66,7 @@ def start(base, lengths, device):
     "A worker: model and rows loaded, then logits of a part."
     one_thread()
     from underdog.source import RowSource
-    from underdog.train import part_logits
+    from underdog.predict import part_logits
     model, source = load(base, 'joint'), RowSource(make_tokens(lengths), make_prompter('joint'), 'causal')
     part_logits(model, source, [0])   # first calls allocate
     return lambda part: part_logits(model, source, part).numpy()

@@ -101,14 +101,14 @@ def run_ours(model, tokens, packing='causal'):
     from accelerate import Accelerator
 
     from underdog.source import RowSource
-    from underdog.train import FitData, TrainConfig, fit, row_order
+    from underdog.train import FitData, TrainConfig, Training, fit, row_order
     cfg = TrainConfig(batch_rows=ROWS, batch_tokens=BUDGET if packing else 10**6, lr=1e-4, head_lr=1e-4, orders='given', evaluations=1, log_every=10**6)
     source = RowSource(tokens, make_prompter('joint'), packing)
     in_order = np.argsort(row_order(len(tokens), cfg.epochs, cfg.seed))   # `fit` shuffles; so every step gets the batch that the peer's sampler drew
     data = FitData(source, np.eye(3)[np.arange(len(tokens)) % 3], None, in_order)
     with contextlib.redirect_stdout(io.StringIO()):
         start = time.process_time()
-        fit(model, data, cfg, Accelerator(cpu=True))
+        fit(Training(model, data, cfg, Accelerator(cpu=True)))
         seconds = time.process_time() - start
     return int(source.lengths.sum()), seconds
 

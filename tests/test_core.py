@@ -182,7 +182,10 @@ def test_run_folder_keeps_status_and_metrics(tmp_path):
     again = RunFolder.open(tmp_path/'run')
     assert again.config == CONFIG and again.metrics()['loss'].tolist() == [1.5]
     assert {p.name for p in run.path.iterdir()} == {'config.json', 'status.json', 'metrics.jsonl'}
-    assert RunFolder.create(tmp_path/'run', CONFIG).metrics().empty   # a new run does not inherit lines
+    again.cut_metrics(0)
+    assert again.metrics().empty
+    RunFolder.clear(tmp_path/'run')
+    assert not list(run.path.iterdir())   # a new run inherits nothing
 
 
 def test_a_killed_write_costs_one_line_and_not_the_next(tmp_path):
@@ -192,6 +195,13 @@ def test_a_killed_write_costs_one_line_and_not_the_next(tmp_path):
     assert run.metrics()['step'].tolist() == [1]
     run.log(step=3)
     assert run.metrics()['step'].tolist() == [1, 3]
+
+
+def test_what_comes_after_a_checkpoint_is_cut(tmp_path):
+    run = RunFolder.create(tmp_path, CONFIG)
+    for step in (1, 2, 3): run.log(step=step); run.log(step=step, eval_loss=1.)
+    run.cut_metrics(2, evaluated=False)
+    assert run.metrics()['step'].tolist() == [1, 1, 2] and run.metrics()['eval_loss'].notna().tolist() == [False, True, False]
 
 
 def test_what_is_not_a_run_folder_says_so(tmp_path):

@@ -15,7 +15,8 @@ from underdog.layout import row_layout, sequences
 from underdog.model import ModelConfig, adapter_parameters, load_model
 from underdog.pack import pack, pack_bins, pack_windows, read_plan
 from underdog.source import RowSource, present, rank_share
-from underdog.train import fitting, predict_both
+from underdog.predict import predict_both
+from underdog.train import fitting
 
 PAIR, JOINT = dict(start=[1], middle=[2], end=[3]), dict(start=[1], label_a=[4], label_b=[5, 6], end=[3])
 FRAMES = dict(pair=PAIR, joint=JOINT, symmetric=PAIR | dict(ask=[8, 9]), combined=PAIR | dict(ask=[8, 9]))
@@ -274,7 +275,7 @@ def test_both_orders_at_once_are_the_two_orders(bases):   # noqa: F811
 def test_memory_that_runs_out_is_a_smaller_batch_not_another_result(bases, monkeypatch, capsys):   # noqa: F811
     from accelerate import Accelerator
 
-    from underdog.train import FitData, TrainConfig, fit
+    from underdog.train import FitData, TrainConfig, Training, fit
     y = np.eye(3)[[0, 1, 2, 0, 1, 2]]
     def run(limit):
         torch.manual_seed(0)
@@ -284,7 +285,8 @@ def test_memory_that_runs_out_is_a_smaller_batch_not_another_result(bases, monke
             if batch.tokens > limit: raise torch.OutOfMemoryError('as a GPU would')
             return forward(batch)
         monkeypatch.setattr(model, 'forward', small_card)
-        fit(model, FitData(RowSource(rows_of(), prompter('pair'), 'causal'), y, None, np.arange(6)), TrainConfig(batch_rows=6, batch_tokens=1024, epochs=3., lr=1e-2, n_folds=2), Accelerator(cpu=True))
+        cfg = TrainConfig(batch_rows=6, batch_tokens=1024, epochs=3., lr=1e-2, n_folds=2)
+        fit(Training(model, FitData(RowSource(rows_of(), prompter('pair'), 'causal'), y, None, np.arange(6)), cfg, Accelerator(cpu=True)))
         return [p.detach().clone() for p in adapter_parameters(model)]
     free, tight = run(10**6), run(70)
     assert 'out of memory with 128 tokens in a forward pass: 64 from now on' in capsys.readouterr().out

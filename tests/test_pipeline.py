@@ -19,8 +19,9 @@ from underdog.core import RunFolder, UserError, read_json, write_json
 from underdog.data import read_rows, swap_probs, swap_rows, write_rows
 from underdog.infer import infer
 from underdog.kernels import find_kernel, kernel_parameters, run_kernel
-from underdog.launch import columns, same_everywhere, train
+from underdog.launch import same_everywhere, train
 from underdog.model import ModelConfig
+from underdog.prepare import columns
 from underdog.prompt import PromptConfig, Prompter
 from underdog.sample import write_sample
 from underdog.train import TrainConfig
@@ -42,11 +43,11 @@ def world(tmp_path_factory):
     return root
 
 
-def small_run(world, out, family='llama', head='pair', quantization='none', processes=1, machines=1, rendezvous='', **cfg):
+def small_run(world, out, family='llama', head='pair', quantization='none', processes=1, machines=1, rendezvous='', session=None, **cfg):
     base = str(world/family)
     settings = dict(n_folds=3, lr=1e-2, head_lr=1e-2, batch_rows=8) | cfg
     return train(out, world/'train.csv', ModelConfig(base, head=head, quantization=quantization, rank=4, dropout=0.), PromptConfig(base, head=head, max_length=128, min_keep=4),
-                 TrainConfig(**settings), processes=processes, machines=machines, rendezvous=rendezvous)
+                 TrainConfig(**settings), processes=processes, machines=machines, rendezvous=rendezvous, **session or {})
 
 
 def probabilities(table, prefix='p'): return table[[f'{prefix}_{c}' for c in LMSYS.classes]].to_numpy()

@@ -19,7 +19,7 @@ from underdog.core import UserError, write_json
 from underdog.infer import InferConfig, infer, predict_parts, start_worker, work
 from underdog.model import ModelConfig
 from underdog.source import RowSource
-from underdog.train import part_logits
+from underdog.predict import part_logits
 from underdog.workers import Workers, WorkQueue
 
 
@@ -33,7 +33,8 @@ def test_every_part_is_done_once_whoever_dies(n, events):
         elif held:
             done.append(held[0])
             queue.done(worker, held[0])
-    assert sorted(done) == list(range(n)) and queue.left == 0
+    assert sorted(done + queue.dropped) == list(range(n)) and queue.left == 0
+    assert all(queue.deaths[i] == 2 for i in queue.dropped)   # only what took two workers with it is given up
 
 
 def test_what_comes_back_goes_first():
@@ -56,6 +57,46 @@ def squares(marker, device):
     return compute
 
 
+def poison(device):
+    "A worker's start: part 7 kills whoever touches it."
+    def compute(x):
+        if x == 7: os.kill(os.getpid(), signal.SIGKILL)
+        return x*x
+    return compute
+
+
+@pytest.mark.parametrize('devices', [['cpu'], ['cpu', 'cpu']])
+def test_a_part_that_kills_costs_itself_only(devices):
+    results = {}
+    with Workers(poison, devices) as workers: assert workers.run(list(range(20)), results.__setitem__, lambda *a, **k: None) == [7]
+    assert results == {i: i*i for i in range(20) if i != 7}
+
+
+def slow(device):
+    "A worker's start: twenty milliseconds a part at first, ten times that from the tenth on; forever at 99."
+    import time
+    count = []
+    def compute(x):
+        count.append(x)
+        time.sleep(1000 if x == 99 else .02 if len(count) < 10 else .2)
+        return x
+    return compute
+
+
+@pytest.mark.parametrize('parts,least', [(list(range(98)), 12), ([0, 1, 2, 99, *range(4, 98)], 3)])
+def test_a_deadline_is_kept_by_slow_and_by_hanging_workers(parts, least):
+    "What is done is done once and in order of the parts; a worker that hangs is killed at the deadline."
+    import time
+    results, said = {}, []
+    with Workers(slow, ['cpu', 'cpu']) as workers:
+        workers.wait_until_ready()
+        end = time.monotonic() + 1.5
+        assert workers.run(parts, results.__setitem__, lambda text, **_: said.append(text), costs=[1]*len(parts), end=end) == []
+        assert time.monotonic() < end + .5
+    assert least <= len(results) < len(parts) and all(parts[i] == r for i, r in results.items())
+    assert not any(process.is_alive() for *_, process in workers.processes.values())
+
+
 @pytest.mark.parametrize('devices', [['good', 'bad'], ['bad', 'good', 'broken']])
 def test_a_dead_worker_loses_nothing(devices, tmp_path):
     results, said = {}, []
@@ -65,12 +106,12 @@ def test_a_dead_worker_loses_nothing(devices, tmp_path):
         results[i] = result
     with Workers(partial(squares, str(tmp_path/'marker')), devices) as workers: workers.run(list(range(60)), done, lambda text, **_: said.append(text))
     assert results == {i: i*i for i in range(60)}
-    assert len(said) <= len(devices) - 1 and all('go to the others' in s for s in said)
-    assert not any(process.is_alive() for _, process in workers.processes.values())
+    assert len(said) <= len(devices) - 1 and all('go back into the queue' in s for s in said)
+    assert not any(process.is_alive() for *_, process in workers.processes.values())
 
 
 def test_no_worker_left_says_why():
-    with Workers(partial(squares, ''), ['bad', 'broken']) as workers, pytest.raises(RuntimeError, match='(?s)59 of 60 parts.*') as e: workers.run(list(range(60)), lambda i, r: None, lambda *a, **k: None)
+    with Workers(partial(squares, ''), ['bad', 'broken']) as workers, pytest.raises(RuntimeError, match='(?s)57 of 60 parts.*') as e: workers.run(list(range(60)), lambda i, r: None, lambda *a, **k: None)
     assert 'worker 0 on bad: ended with code -9' in str(e.value) and 'this device is broken' in str(e.value)
 
 

