@@ -142,7 +142,7 @@ def dying(run, files, cfg, marker, device):
 
 
 def test_a_killed_process_loses_no_row(world, finished, tmp_path):   # noqa: F811
-    files, cfg, parts = finished.config['tokens'], InferConfig(), [list(range(i, i + 5)) for i in range(0, 60, 5)]
+    files, cfg, parts = finished.config['tokens'], InferConfig(), [(list(range(i, i + 5)), (False,)) for i in range(0, 60, 5)]
     alone, shared = {}, {}
     predict_parts(parts, partial(start_worker, finished.path, files, cfg, None), ['cpu'], alone.__setitem__)
     predict_parts(parts, partial(dying, finished.path, files, cfg, tmp_path/'marker'), ['cpu', 'cpu'], shared.__setitem__)

@@ -7,7 +7,7 @@ __all__ = ['row_log_loss', 'log_loss', 'accuracy', 'bootstrap_ci', 'paired_ci', 
            'cross_fit', 'score_table', 'model_key', 'gather_oof', 'gather_test', 'check_probabilities', 'check_ids',
            'write_submission', 'check_submission']
 
-# %% ../../nbs/08_blend.ipynb #16c00673
+# %% ../../nbs/08_blend.ipynb #3961c2a0
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from .core import UserError, atomic_path, fingerprint, read_json, resolve_input,
 from .data import swap_probs
 from .floors import FLOORS
 
-# %% ../../nbs/08_blend.ipynb #ef1c17ab
+# %% ../../nbs/08_blend.ipynb #8c8303f2
 def row_log_loss(y, p):
     "Cross-entropy per row, in nats; `y`, `p` (n, C)."
     return -(np.asarray(y, float)*np.log(np.clip(p, 1e-15, 1))).sum(1)
@@ -48,7 +48,7 @@ def paired_ci(y, p, q, groups=None, n=1000, seed=0, level=.95):
 
 def _interval(means, level): return tuple(float(v) for v in np.quantile(means, [(1 - level)/2, (1 + level)/2]))
 
-# %% ../../nbs/08_blend.ipynb #c643b9ba
+# %% ../../nbs/08_blend.ipynb #5ece0dbd
 def apply_temperature(p, t):
     "Probabilities with their logits divided by `t`."
     z = np.log(np.clip(p, 1e-15, 1))/t
@@ -60,7 +60,7 @@ def fit_temperature(y, p):
     from scipy.optimize import minimize_scalar
     return float(np.exp(minimize_scalar(lambda s: log_loss(y, apply_temperature(p, np.exp(s))), bounds=(np.log(.2), np.log(5)), method='bounded').x))
 
-# %% ../../nbs/08_blend.ipynb #ee24c058
+# %% ../../nbs/08_blend.ipynb #68f1311f
 @dataclass(frozen=True)
 class Blend:
     "Weights (>= 0) of named predictions in a log-linear pool."
@@ -118,7 +118,7 @@ def _cross_fit_once(y, preds, fold, ridge):
         out[held] = fitted.predict({n: p[held] for n, p in preds.items()})
     return out
 
-# %% ../../nbs/08_blend.ipynb #1243d3c9
+# %% ../../nbs/08_blend.ipynb #b96e989b
 def score_table(y, preds, groups=None):
     "DataFrame (name, loss, low, high, accuracy) of named predictions on the same rows, with 95 % bootstrap intervals."
     return pd.DataFrame([(n, log_loss(y, p), *bootstrap_ci(y, p, groups), accuracy(y, p)) for n, p in preds.items()], columns=['name', 'loss', 'low', 'high', 'accuracy'])
@@ -130,7 +130,7 @@ def model_key(config):
     return fingerprint([config['base_hash'], config['template_hash'], {k: v for k, v in config['model'].items() if k != 'path'}, {k: v for k, v in config['train'].items() if k != 'fold'}])
 
 def gather_oof(runs):
-    "(held-out rows that all models share, {model: column prefix}, competition) of run folders; a row has y_*, group, floor_*_* and <model>_*."
+    "(held-out rows that all models share, {model: run folders}, competition) of runs; a row has y_*, group, floor_*_*, <model>_* and one_<model>_* (the first order alone)."
     by_model, comp = {}, get_competition(runs[0].config['competition'])
     for run in runs:
         if not run.oof_file.exists(): raise UserError(f'{run.path}: no oof.parquet; train it with a held-out fold (fold >= 0)')
@@ -138,10 +138,12 @@ def gather_oof(runs):
     table, names = None, {}
     for members in by_model.values():
         oof, name = pd.concat([pd.read_parquet(r.oof_file) for r in members]), members[0].path.name
+        name += f'-{len(names) + 1}' if name in names else ''   # two models in folders of one name
         if oof['id'].duplicated().any(): raise UserError(f"{', '.join(str(r.path) for r in members)}: the same fold twice; give each run once")
         names[name] = [r.path for r in members]
-        mine = oof.rename(columns=dict(zip(_columns('p', comp), _columns(name, comp))))
-        table = mine if table is None else table.merge(mine[['id', *_columns(name, comp)]], on='id')
+        new = _columns(name, comp) + _columns(f'one_{name}', comp)
+        mine = oof.rename(columns=dict(zip(_columns('p', comp) + _columns('one', comp), new)))
+        table = mine if table is None else table.merge(mine[['id', *new]], on='id')
         if not len(table): raise UserError(f'the runs have no held-out rows in common; use the same data, n_folds, fold and seed for {", ".join(names)}')
     return table.reset_index(drop=True), names, comp
 
@@ -154,7 +156,7 @@ def gather_test(names, predictions, comp):
     for f in FLOORS: preds[f] = np.mean([t[_columns(f'floor_{f}', comp)].to_numpy() for t in predictions.values()], axis=0)
     return first['id'].tolist(), preds
 
-# %% ../../nbs/08_blend.ipynb #58529220
+# %% ../../nbs/08_blend.ipynb #dd0cc427
 def _sample_ids(sample, comp):
     "Ids of a sample submission, as strings; its columns must be the competition's."
     sample = resolve_input(sample)

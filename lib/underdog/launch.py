@@ -7,8 +7,8 @@ __all__ = ['offsets', 'start_head', 'oof_table', 'score_table', 'load_tokens', '
            'same_everywhere', 'padding_warning', 'gpu_count', 'launch', 'forwarding', 'run_worker', 'finish',
            'session_clock', 'train']
 
-# %% ../../nbs/06c_launch.ipynb #679b01b4
-import os, re, subprocess, sys, threading, time, traceback
+# %% ../../nbs/06c_launch.ipynb #9a2b95de
+import math, os, re, signal, subprocess, sys, threading, time, traceback
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from .session import Clock, Session, locked, span
 from .source import RowSource, present
 from .train import FitData, TrainConfig, Training, fit, rehearse
 
-# %% ../../nbs/06c_launch.ipynb #f10ea63c
+# %% ../../nbs/06c_launch.ipynb #e57ae1e4
 def offsets(table, comp, cfg, best):
     "Log-probabilities (n, C) that training starts from, or None."
     return np.log(table[columns(f'floor_{best}', comp)].to_numpy()) if cfg.start == 'floors' else None
@@ -91,7 +91,7 @@ def go_on(run, training, checkpoints, accelerator):
         print(f'going on after step {training.at.step} of {len(training.plan)}{world}', flush=True)
     return True
 
-def work(run, end=float('inf'), save_every=900.):
+def work(run, end=math.inf, save_every=900.):
     "Train the prepared run in this process (one of several under torchrun) until it is done, or until the time.monotonic `end`; a checkpoint every `save_every` seconds."
     from accelerate import Accelerator
     from accelerate.utils import GradScalerKwargs, gather_object
@@ -143,7 +143,7 @@ def outlook(training, speed, clock):
     if not left: return 'every step is done, the evaluation is not'
     seconds = sum(t.data.source.lengths[rows].sum() for rows in left)/speed + t.evaluation_s*sum(e > t.at.step for e in t.evaluations)
     said = f'{len(left)} steps to go at {speed:,.0f} tokens/s: about {span(seconds)} with evaluations'
-    return said if clock.left == float('inf') else f'{said}; this session has {span(clock.left)} left' + (', so it will take more than one' if seconds > clock.left else '')
+    return said if clock.left == math.inf else f'{said}; this session has {span(clock.left)} left' + (', so it will take more than one' if seconds > clock.left else '')
 
 def _plan_memory(model, data, cfg, accelerator):
     "Decide on a row of median length what is recomputed; returns the line of `plan_memory`."
@@ -171,16 +171,16 @@ def _sizes(model, data):
     return (f'{trained:,} of {total:,} parameters are trained, head from {model.head_source}; {len(data.train):,} rows to train on, {len(data.held):,} held out, '
             f'{data.source.lengths.mean():,.0f} tokens a row')
 
-# %% ../../nbs/06c_launch.ipynb #9c4346ac
+# %% ../../nbs/06c_launch.ipynb #b0bcad23
 def gpu_count():
     import torch
     return torch.cuda.device_count()
 
-def launch(module, args, log_file, processes=0, machines=1, rendezvous='', stop_file=None, keep=()):
+def launch(module, args, log_file, processes=0, machines=1, rendezvous='', stop_file=None, keep=(), end=math.inf):
     """Run `python -m module args` as a subprocess; its output is appended to `log_file` and shown. Returns (exit code, end of the output).
 
     Under torchrun if `processes` > 1 (0: one per GPU) or `machines` > 1: then the same command runs on each of them, and they meet at `rendezvous`, host:port of any one of them. SIGTERM or Ctrl-C makes `stop_file`, on which the
-    subprocess ends in order; the second one kills it. It inherits the descriptors `keep`."""
+    subprocess ends in order; the second one kills it, as does the time.monotonic `end`. It inherits the descriptors `keep`."""
     processes = processes or max(1, gpu_count())
     meet = ['--standalone'] if machines == 1 else [f'--nnodes={machines}', '--rdzv_backend=c10d', f'--rdzv_endpoint={rendezvous}', '--rdzv_id=underdog']
     head = [sys.executable, '-u'] + (['-m', 'torch.distributed.run', *meet, f'--nproc_per_node={processes}'] if processes*machines > 1 else [])
@@ -190,11 +190,11 @@ def launch(module, args, log_file, processes=0, machines=1, rendezvous='', stop_
         shown.seek(0, os.SEEK_END)
         # a file, not a pipe: a subprocess whose parent was killed can still say and save what it has
         child = subprocess.Popen([*head, '-m', module, *map(str, args)], stdout=log, stderr=subprocess.STDOUT, env=env, pass_fds=keep, start_new_session=True)
-        with forwarding(child, stop_file): tail = _follow(child, shown)
+        with forwarding(child, stop_file): tail = _follow(child, shown, end)
     return child.returncode, tail
 
-def _follow(child, shown):
-    "Show what the subprocess writes until it ends; returns the end of it."
+def _follow(child, shown, end):
+    "Show what the subprocess writes until it ends, by itself or killed at `end`; returns the last of it."
     tail = b''
     while True:
         ended = child.poll() is not None   # looked at before the last read
@@ -203,12 +203,12 @@ def _follow(child, shown):
             sys.stdout.write(chunk.decode('utf-8', 'replace'))
             sys.stdout.flush()
         elif ended: return tail.decode('utf-8', 'replace')
+        elif time.monotonic() > end: os.killpg(child.pid, signal.SIGKILL)
         else: time.sleep(.05)
 
 @contextmanager
 def forwarding(child, stop_file):
     "While it lasts, the first SIGTERM or SIGINT makes `stop_file` (or terminates the `child`, without one), the second kills the child and its children."
-    import signal
     asked = []
     def forward(number, frame):
         if asked: os.killpg(child.pid, signal.SIGKILL)
@@ -269,6 +269,6 @@ def train(run, train_csv, model, prompt=None, cfg=TrainConfig(), competition=Non
         run.set_status('running', *(run.status.get(k, 0) for k in ('step', 'of')))
         return finish(run, *launch('underdog.launch', [run.path, clock.end, 60*save_minutes], run.path/'train.log', processes, machines, rendezvous, run.path/'stop', (lock,)))
 
-# %% ../../nbs/06c_launch.ipynb #1305d8c9
+# %% ../../nbs/06c_launch.ipynb #59bf44ed
 #| eval: false
 if __name__ == '__main__' and '__file__' in globals(): run_worker(work, RunFolder(Path(sys.argv[1])), *map(float, sys.argv[2:]))

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['RANKINGS', 'doubt', 'gain_curve', 'compare_rankings', 'best_ranking', 'order_passes']
 
-# %% ../../nbs/06e_schedule.ipynb #76634601
+# %% ../../nbs/06e_schedule.ipynb #743f5929
 import numpy as np
 import pandas as pd
 
-# %% ../../nbs/06e_schedule.ipynb #128fbb01
+# %% ../../nbs/06e_schedule.ipynb #da884a52
 def doubt(p):
     "Entropy (n,) in nats of probabilities (n, C): how unsure a prediction is."
     p = np.clip(p, 1e-15, 1)
@@ -41,14 +41,17 @@ def best_ranking(gain, tokens, unsure):
         wins += np.trapezoid(*curves[0][::-1]) > np.trapezoid(*curves[1][::-1])
     return best if wins >= 195 else default
 
-# %% ../../nbs/06e_schedule.ipynb #f6840f60
-def order_passes(worth, cost):
-    """Names of the passes by falling worth per token; `worth`: name (model, order number) -> mean log loss gained, `cost`: name -> tokens of the mean row.
+# %% ../../nbs/06e_schedule.ipynb #d2cd43e0
+def order_passes(passes, loss, cost):
+    """[(pass, gain (n,))]: `passes` (model, order number) in the order in which they pay most per token.
 
-    A pass stands after the lower orders of its model, whatever those are worth."""
-    left, out = dict(worth), []
+    `loss(done)`: log loss (n,) of held-out rows after the passes in the list `done`; `cost`: pass -> tokens of the mean row."""
+    left, done, out = list(passes), [], []
     while left:
         ready = [p for p in left if not any(q[0] == p[0] and q[1] < p[1] for q in left)]
-        out.append(max(ready, key=lambda p: left[p]/cost[p]))
-        del left[out[-1]]
+        before, after = loss(done), {p: loss([*done, p]) for p in ready}
+        best = max(ready, key=lambda p: (before - after[p]).mean()/cost[p])
+        out.append((best, before - after[best]))
+        done.append(best)
+        left.remove(best)
     return out

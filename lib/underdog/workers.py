@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['WorkQueue', 'Pace', 'Workers']
 
-# %% ../../nbs/06d_workers.ipynb #4d95e386
+# %% ../../nbs/06d_workers.ipynb #f27b607f
 import math, multiprocessing, os, time
 from collections import Counter, deque
 from multiprocessing.connection import wait
 
 from .core import UserError
 
-# %% ../../nbs/06d_workers.ipynb #53bbe4b7
+# %% ../../nbs/06d_workers.ipynb #81325682
 class WorkQueue:
     "Parts of work 0 … n - 1, each handed out in order and done once; what a worker held goes back to the front, but for a part that took `MOST` workers with it: that one is `dropped`."
     MOST = 2
@@ -38,7 +38,7 @@ class WorkQueue:
         self.waiting.extendleft(reversed(parts))
         return parts
 
-# %% ../../nbs/06d_workers.ipynb #b2a55967
+# %% ../../nbs/06d_workers.ipynb #4978e1c0
 def _serve(connection, start, device, threads):
     "Life of a worker: load, say so, compute what comes until None comes."
     import torch
@@ -55,14 +55,14 @@ def _serve(connection, start, device, threads):
         connection.send(('failed', (isinstance(e, UserError), str(e) if isinstance(e, UserError) else f'{type(e).__name__}: {e}')))
         raise
 
-# %% ../../nbs/06d_workers.ipynb #1ba124af
+# %% ../../nbs/06d_workers.ipynb #1ad5ba77
 class Pace:
     "Seconds per unit of cost: the slowest of the last three parts, times `safety`."
     def __init__(self, safety=1.3): self.recent, self.safety = deque(maxlen=3), safety
     def note(self, cost, seconds): self.recent.append(seconds/max(cost, 1e-9))
     def need(self, cost): return self.safety*max(self.recent, default=0.)*cost
 
-# %% ../../nbs/06d_workers.ipynb #45375be0
+# %% ../../nbs/06d_workers.ipynb #621fc3da
 class Workers:
     "A worker process per device, each with `start(device)`; a context manager that leaves none behind."
     AHEAD = 2   # parts that a worker holds: one in hand, one in reserve
