@@ -120,3 +120,19 @@ def last_line(figures):
     "The JSON that ends the output."
     short = lambda v: {k: short(x) for k, x in v.items()} if isinstance(v, dict) else float(f'{v:.5g}') if isinstance(v, float) else v
     print(json.dumps(short(figures)))
+
+
+def make_world(folder, n_train, n_test, seed=0, layers=2, width=64):
+    "Write a generated competition and a small Llama with its own tokenizer to `folder`: ({name: path} of the files, path of the base model)."
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+
+    from underdog.sample import write_sample
+    paths, tok = write_sample(folder/'data', n_train=n_train, n_test=n_test, seed=seed), Tokenizer(models.BPE())
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tok.train_from_iterator(paths['train.csv'].read_text().splitlines()[:200], trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=['<s>', '</s>'], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    PreTrainedTokenizerFast(tokenizer_object=tok, bos_token='<s>', eos_token='</s>').save_pretrained(folder/'base')
+    torch.manual_seed(seed)
+    LlamaModel(LlamaConfig(vocab_size=VOCAB, hidden_size=width, intermediate_size=2*width, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4)).save_pretrained(folder/'base')
+    return paths, str(folder/'base')

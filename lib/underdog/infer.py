@@ -6,7 +6,7 @@
 __all__ = ['InferConfig', 'check_run', 'read_test', 'prediction_table', 'Job', 'start_worker', 'devices_of', 'merged_base',
            'predict_parts', 'work', 'infer']
 
-# %% ../../nbs/07_infer.ipynb #bd770760
+# %% ../../nbs/07_infer.ipynb #a5d9824e
 import sys, tempfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +30,7 @@ from .predict import orders_of, part_logits, progress, softmax
 from .prepare import columns
 from .workers import Workers
 
-# %% ../../nbs/07_infer.ipynb #8c85531d
+# %% ../../nbs/07_infer.ipynb #ba204625
 @dataclass(frozen=True)
 class InferConfig:
     "Settings of one inference."
@@ -68,7 +68,7 @@ def check_run(run, cfg):
                         f"use the library of the run (build {config.get('build_id')}) and its tokenizer")
     return prompter
 
-# %% ../../nbs/07_infer.ipynb #8b433a8e
+# %% ../../nbs/07_infer.ipynb #ca9ae724
 def read_test(run, test_csv):
     "(rows, competition) of a test file for this run."
     comp = get_competition(run.config['competition'])
@@ -89,7 +89,7 @@ class Job:
         self.best, self.orders = self.floors[self.config['best_floor']], orders_of(self.config['prompt']['head'], cfg.tta)
         self.offset = np.log(self.best) if self.config['train']['start'] == 'floors' else 0.
         self.logits = np.full((len(self.orders), len(df), self.comp.n_classes), np.nan)   # NaN: not yet
-        self.source = None
+        self.source, self.spent = None, dict(tokens=0, busy_s=0., load_s=0.)   # in this process
 
     def open(self):
         "Tokenize, once."
@@ -180,7 +180,7 @@ def infer(run, test_csv, out, cfg=InferConfig()):
     if code: raise RuntimeError(f'inference with {run.path} ended with code {code}; the end of its log:\n{tail}')
     return pd.read_parquet(out/'predictions.parquet')
 
-# %% ../../nbs/07_infer.ipynb #732ae7b2
+# %% ../../nbs/07_infer.ipynb #f4d5290c
 #| eval: false
 if __name__ == '__main__' and '__file__' in globals():
     run_worker(lambda _: work(RunFolder.open(sys.argv[1]), sys.argv[2], Path(sys.argv[3])), None)

@@ -6,7 +6,7 @@
 __all__ = ['Evidence', 'current', 'floor_submission', 'Answers', 'Publisher', 'run_pass', 'answer', 'summary', 'start_jobs',
            'work', 'submit', 'report']
 
-# %% ../../nbs/08a_submit.ipynb #fa53ed90
+# %% ../../nbs/08a_submit.ipynb #936e1062
 import math, os, signal, sys, time
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +26,7 @@ from .schedule import RANKINGS, best_ranking, compare_rankings, doubt, order_pas
 from .session import Clock, locked, span
 from .workers import Workers
 
-# %% ../../nbs/08a_submit.ipynb #8e544525
+# %% ../../nbs/08a_submit.ipynb #a5f44526
 class Evidence:
     "Held-out predictions of `runs`: blends for every state of a row, and the order of the passes. Without held-out rows all models count alike."
     def __init__(self, runs, with_floors=True):
@@ -76,7 +76,7 @@ class Evidence:
             done.append((m, k))
         return out + rest, said
 
-# %% ../../nbs/08a_submit.ipynb #4c7de03f
+# %% ../../nbs/08a_submit.ipynb #88c469ff
 def current(jobs, evidence):
     "Blended probabilities (n, C) of what has been answered so far."
     found = [(evidence.by_path[j.run.path], j.predicted()) for j in jobs]
@@ -118,7 +118,7 @@ class Answers:
         except FileNotFoundError: pass
         except Exception as e: print(f'{self.path}: cannot be read ({str(e).splitlines()[0]}); every row is answered anew', flush=True)
 
-# %% ../../nbs/08a_submit.ipynb #15e5d829
+# %% ../../nbs/08a_submit.ipynb #a0bd466d
 class Publisher:
     "Writes submission, predictions and answers, atomically, at most once in `every` seconds unless told."
     def __init__(self, jobs, evidence, answers, out, submission, sample, every=60.):
@@ -146,6 +146,7 @@ def run_pass(job, orders, ranking, workers, publisher, end):
     with progress(sum(len(rows) for rows, _ in parts), f'{job.run.path.name}, order {job.orders.index(orders[-1]) + 1}') as bar:
         def done(i, result):
             job.take(parts[i], result)
+            job.spent['tokens'] += costs[i]
             bar.update(len(parts[i][0]))
             publisher.maybe()
         if lost := workers.run(parts, done, costs=costs, end=end): print(f'warning: {sum(len(parts[i][0]) for i in lost)} rows killed whoever read them; they keep what they have', flush=True)
@@ -167,14 +168,15 @@ def answer(jobs, evidence, publisher, clock):
             with merged_base(job.open(), publisher.out) as merged, Workers(job.start(merged), devices_of(job.cfg)) as workers:
                 for _, orders, ranking in mine: run_pass(job, orders, ranking, workers, publisher, time.monotonic() + left())
                 loading = max(loading, workers.load_s)
+                job.spent.update(busy_s=workers.busy_s, load_s=workers.load_s)
         except Exception as e:
             job.failed = str(e) or type(e).__name__
             print(f'warning: {job.run.path.name} failed ({job.failed}); its rows keep what they have', flush=True)
         publisher.now()
 
 def summary(jobs):
-    "{rows, answered: {run: rows by orders}, failed} of what has come out."
-    return dict(rows=len(jobs[0].df), answered={str(j.run.path): np.bincount(j.predicted()['orders'], minlength=len(j.orders) + 1).tolist() for j in jobs}, failed={str(j.run.path): j.failed for j in jobs if j.failed})
+    "{rows, answered: {run: rows by orders}, spent: {run: tokens, busy_s, load_s of this start}, failed} of what has come out."
+    return dict(rows=len(jobs[0].df), answered={str(j.run.path): np.bincount(j.predicted()['orders'], minlength=len(j.orders) + 1).tolist() for j in jobs}, spent={str(j.run.path): j.spent for j in jobs}, failed={str(j.run.path): j.failed for j in jobs if j.failed})
 
 def start_jobs(settings):
     "(jobs, `Evidence`) from the settings that `submit` wrote."
@@ -189,25 +191,25 @@ def work(out, end=math.inf):
     for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, ended)
     settings = read_json(out/'submit.json')
     jobs, evidence = start_jobs(settings)
-    publisher = Publisher(jobs, evidence, Answers(out/'answers.npz', jobs), out, settings['submission'], settings['sample'] or None)
+    publisher = Publisher(jobs, evidence, Answers(out/'answers.npz', jobs), out, settings['submission'], settings['sample'] or None, settings['publish_s'])
     publisher.answers.load()
     try: answer(jobs, evidence, publisher, Clock(end))
     finally:
         publisher.now()
         write_json(out/'summary.json', summary(jobs))
 
-def submit(runs, test_csv, out, cfg=InferConfig(), sample='', submission='', time_limit=-1., began=None, with_floors=True):
+def submit(runs, test_csv, out, cfg=InferConfig(), sample='', submission='', time_limit=-1., began=None, with_floors=True, publish_s=60.):
     """Predict `test_csv` with the run folders `runs` (a list, or texts with commas) and keep a valid submission from the first seconds on; returns it as a DataFrame.
 
     `submission`: the file (submission.csv of the working folder on Kaggle, `out`/submission.csv elsewhere, if left out), checked against `sample`. In `out`: predictions.parquet of each run (in a folder of its own if there are several), summary.json. `time_limit` in hours since `began` (a time.monotonic): -1
-    is 8.75 on Kaggle, whose scored runs last 9, and no limit elsewhere; 0 is no limit. Started again after a kill, it goes on. A model that fails costs its rows the fallback; only where no row was answered is it an error, and not even then in a scored run."""
+    is 8.75 on Kaggle, whose scored runs last 9, and no limit elsewhere; 0 is no limit. Started again after a kill, it goes on. A model that fails costs its rows the fallback; only where no row was answered is it an error, and not even then in a scored run. Between two publications are `publish_s` seconds."""
     clock = Clock.hours((8.75 if on_kaggle() else 0.) if time_limit == -1 else time_limit, began)
     runs, out = [r.strip() for r in runs.split(',') if r.strip()] if isinstance(runs, str) else list(runs), Path(out)
     if not runs: raise UserError('no run folder is given; give the folder that training wrote, or several with commas')
     folders = [RunFolder.open(r) for r in runs]
     for folder in folders: check_run(folder, cfg)
     if len(kinds := {f.config['competition'] for f in folders}) > 1: raise UserError(f"runs of different competitions: {', '.join(sorted(kinds))}; blend only runs of one")
-    settings = dict(runs=[str(f.path) for f in folders], test_csv=str(test_csv), cfg=asdict(cfg), sample=str(sample), submission=str(submission or ('submission.csv' if on_kaggle() else out/'submission.csv')), with_floors=with_floors)
+    settings = dict(runs=[str(f.path) for f in folders], test_csv=str(test_csv), cfg=asdict(cfg), sample=str(sample), submission=str(submission or ('submission.csv' if on_kaggle() else out/'submission.csv')), with_floors=with_floors, publish_s=publish_s)
     jobs, evidence = start_jobs(settings)
     with locked(out) as lock:
         sweep(out)
@@ -234,6 +236,6 @@ def report(out, settings, code, tail):
         print(f'warning: {why}', flush=True)
     return pd.read_csv(settings['submission'])
 
-# %% ../../nbs/08a_submit.ipynb #50dc45f4
+# %% ../../nbs/08a_submit.ipynb #73077a22
 #| eval: false
 if __name__ == '__main__' and '__file__' in globals(): run_worker(lambda _: work(Path(sys.argv[1]), float(sys.argv[2])), None)

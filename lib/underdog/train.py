@@ -7,7 +7,7 @@ __all__ = ['SCALAR_RATE', 'TrainConfig', 'lr_factor', 'row_order', 'split_steps'
            'fitting', 'train_step', 'make_optimizer', 'set_lr', 'FitData', 'evaluation_steps', 'Progress', 'Training',
            'longest', 'rehearse', 'fit']
 
-# %% ../../nbs/06_train.ipynb #51f6d633
+# %% ../../nbs/06_train.ipynb #f1bc0709
 import copy, math, time
 from collections import deque
 from dataclasses import asdict, dataclass, field
@@ -23,7 +23,7 @@ from .predict import orders_of, predict_logits, progress
 from .session import Session
 from .source import RowSource, present, rank_share
 
-# %% ../../nbs/06_train.ipynb #0396cf0b
+# %% ../../nbs/06_train.ipynb #a0ae81e5
 @dataclass(frozen=True)
 class TrainConfig:
     "Settings of one training run; checks its values and says how to mend them."
@@ -60,14 +60,14 @@ class TrainConfig:
         if self.n_folds < 2: raise UserError(f'n_folds={self.n_folds}: at least 2, so that rows can be held out')
         if not -1 <= self.fold < self.n_folds: raise UserError(f'fold={self.fold}: -1 (train on all rows) or 0 to {self.n_folds - 1}')
 
-# %% ../../nbs/06_train.ipynb #c8a87cd8
+# %% ../../nbs/06_train.ipynb #fb227269
 def lr_factor(step, steps, warmup=0.1):
     "Share of the peak learning rate at `step` (0-based) of `steps`: linear warm-up, then cosine to 0 (Loshchilov & Hutter 2017)."
     rising = max(1, round(steps*warmup))
     if step < rising: return (step + 1)/rising
     return 0.5*(1 + math.cos(math.pi*(step - rising)/max(1, steps - rising)))
 
-# %% ../../nbs/06_train.ipynb #07e29737
+# %% ../../nbs/06_train.ipynb #2d58ad3a
 def row_order(n, epochs, seed):
     "`round(n*epochs)` row positions: one seeded permutation after the other."
     rng = np.random.default_rng(seed)
@@ -77,13 +77,13 @@ def split_steps(order, batch_rows):
     "Consecutive slices of `batch_rows` rows; the last one may be shorter."
     return [order[i:i + batch_rows] for i in range(0, len(order), batch_rows)]
 
-# %% ../../nbs/06_train.ipynb #3acfcb6a
+# %% ../../nbs/06_train.ipynb #605e3a8d
 def row_losses(logits, y, offset=None):
     "Cross-entropy per row, in nats: `logits` (B,C), `y` (B,C) probabilities, `offset` (B,C) log-probabilities or None."
     if offset is not None: logits = logits + offset
     return -(y*F.log_softmax(logits.float(), -1)).sum(-1)
 
-# %% ../../nbs/06_train.ipynb #13d66ab2
+# %% ../../nbs/06_train.ipynb #8d0b35ee
 def sum_gradients(params, accelerator):
     "Replace each gradient by its sum over all processes, in one message."
     if accelerator.num_processes == 1: return
@@ -123,12 +123,13 @@ def train_step(model, source, shown, y, offset, optimizer, accelerator, cfg, wei
     sum_gradients(params, accelerator)
     norm = float(accelerator.clip_grad_norm_(params, cfg.max_grad_norm))
     clipped = max(1., norm/cfg.max_grad_norm)
-    norms = {what: clipped*float(torch.nn.utils.get_total_norm([p.grad for g in optimizer.param_groups if g['what'] == what for p in g['params'] if p.grad is not None])) for what in ('adapter', 'head')}
+    grads = {what: [p.grad for g in optimizer.param_groups if g['what'] == what for p in g['params']] for what in ('adapter', 'head')}
+    norms = {what: clipped*float(torch.nn.utils.get_total_norm([x for x in g if x is not None])) if g else math.nan for what, g in grads.items()}   # rank 0: no adapters
     if math.isfinite(norm) or accelerator.scaler is not None: optimizer.step()
     optimizer.zero_grad()
     return dict(loss=loss, tokens=tokens, busy=busy, budget=budget, skipped=not math.isfinite(norm), grad_norm=norm, adapter_norm=norms['adapter'], head_norm=norms['head'])
 
-# %% ../../nbs/06_train.ipynb #82a4d6cb
+# %% ../../nbs/06_train.ipynb #ec8d6183
 SCALAR_RATE = 10   # learning rate of the head's scalars over that of its weights
 
 def make_optimizer(model, cfg):
@@ -145,7 +146,7 @@ def make_optimizer(model, cfg):
 def set_lr(optimizer, factor):
     for g in optimizer.param_groups: g['lr'] = g['peak']*factor
 
-# %% ../../nbs/06_train.ipynb #25003612
+# %% ../../nbs/06_train.ipynb #36ebf14c
 @dataclass
 class FitData:
     "Rows for one run: `source`, labels `y` (n,C), `offset` (n,C) log-probabilities or None, row positions `train` and `held`."
@@ -232,7 +233,7 @@ class Training:
     @property
     def done(self): return self.at.step == len(self.plan) and self.at.evaluated
 
-# %% ../../nbs/06_train.ipynb #5b62d183
+# %% ../../nbs/06_train.ipynb #6c145f99
 def longest(source, rows, budget, orders=(False,)):
     "The longest of `rows` that together just fill `budget` tokens; at least one."
     lengths = source.tokens_of(orders)[rows]
@@ -252,7 +253,7 @@ def rehearse(training):
     t.evaluation_s = source.tokens_of(orders)[t.data.held].sum()/(m['tokens']/m['seconds'])/2   # a forward pass alone is a third of a step
     return m['tokens']/m['seconds']
 
-# %% ../../nbs/06_train.ipynb #3016a708
+# %% ../../nbs/06_train.ipynb #01175c1b
 def fit(training, log=lambda **m: None, evaluate=lambda step: {}, session=None, save=lambda: None, look=lambda **m: None):
     """Train to the end, or until `session` says stop: returns '' or the reason.
 

@@ -5,23 +5,25 @@
 # %% auto #0
 __all__ = ['WorkQueue', 'Pace', 'Workers']
 
-# %% ../../nbs/06d_workers.ipynb #f27b607f
+# %% ../../nbs/06d_workers.ipynb #32a54a49
 import math, multiprocessing, os, time
 from collections import Counter, deque
 from multiprocessing.connection import wait
 
 from .core import UserError
 
-# %% ../../nbs/06d_workers.ipynb #81325682
+# %% ../../nbs/06d_workers.ipynb #c541e789
 class WorkQueue:
     "Parts of work 0 … n - 1, each handed out in order and done once; what a worker held goes back to the front, but for a part that took `MOST` workers with it: that one is `dropped`."
     MOST = 2
     def __init__(self, n): self.waiting, self.held, self.left, self.dropped, self.deaths = deque(range(n)), {}, n, [], Counter()
 
-    def take(self, worker):
-        "The next part for `worker`, or None."
-        if not self.waiting: return None
-        self.held.setdefault(worker, []).append(part := self.waiting.popleft())
+    def take(self, worker, fits=lambda part: True):
+        "The next part for `worker` that `fits`, or None."
+        part = next((p for p in self.waiting if fits(p)), None)
+        if part is not None:
+            self.waiting.remove(part)
+            self.held.setdefault(worker, []).append(part)
         return part
 
     def done(self, worker, part):
@@ -38,7 +40,7 @@ class WorkQueue:
         self.waiting.extendleft(reversed(parts))
         return parts
 
-# %% ../../nbs/06d_workers.ipynb #4978e1c0
+# %% ../../nbs/06d_workers.ipynb #42313f6e
 def _serve(connection, start, device, threads):
     "Life of a worker: load, say so, compute what comes until None comes."
     import torch
@@ -55,21 +57,23 @@ def _serve(connection, start, device, threads):
         connection.send(('failed', (isinstance(e, UserError), str(e) if isinstance(e, UserError) else f'{type(e).__name__}: {e}')))
         raise
 
-# %% ../../nbs/06d_workers.ipynb #1ad5ba77
+# %% ../../nbs/06d_workers.ipynb #5f3b34a8
 class Pace:
-    "Seconds per unit of cost: the slowest of the last three parts, times `safety`."
-    def __init__(self, safety=1.3): self.recent, self.safety = deque(maxlen=3), safety
+    "Seconds per unit of cost of the last three parts."
+    SAFETY = 1.3
+    def __init__(self): self.recent = deque(maxlen=3)
     def note(self, cost, seconds): self.recent.append(seconds/max(cost, 1e-9))
-    def need(self, cost): return self.safety*max(self.recent, default=0.)*cost
+    def most(self, cost): return self.SAFETY*max(self.recent, default=0.)*cost
+    def least(self, cost): return min(self.recent, default=0.)*cost
 
-# %% ../../nbs/06d_workers.ipynb #621fc3da
+# %% ../../nbs/06d_workers.ipynb #b69a7ac2
 class Workers:
     "A worker process per device, each with `start(device)`; a context manager that leaves none behind."
     AHEAD = 2   # parts that a worker holds: one in hand, one in reserve
 
     def __init__(self, start, devices):
         self.start, self.devices, self.began = start, devices, time.monotonic()
-        self.processes, self.ready, self.reasons, self.pace, self.load_s = {}, set(), [], {}, 0.
+        self.processes, self.ready, self.reasons, self.pace, self.load_s, self.busy_s = {}, set(), [], {}, 0., 0.
         for i in range(len(devices)): self._start(i)
 
     def _start(self, i, lives=3):
@@ -109,10 +113,12 @@ class Workers:
         return queue.dropped
 
     def _feed(self, connection, queue, parts, costs, end):
-        "Keep `AHEAD` parts at a worker; one at first and under a deadline only what it can do in time."
-        while queue.waiting and len(held := queue.held.get(connection, ())) < self.AHEAD:
-            if end < math.inf and ((held and not self.pace[connection].recent) or time.monotonic() + self.pace[connection].need(sum(costs[i] for i in held) + costs[queue.waiting[0]]) > end): return
-            i = queue.take(connection)
+        "Keep `AHEAD` parts at a worker; under a deadline only what it can do in time."
+        pace, left = self.pace[connection], end - time.monotonic()
+        while len(held := queue.held.get(connection, ())) < self.AHEAD:
+            if held and end < math.inf and not pace.recent: return   # one at first
+            seconds, before = pace.most if held else pace.least, sum(costs[i] for i in held)
+            if (i := queue.take(connection, lambda i: end == math.inf or seconds(before + costs[i]) <= left)) is None: return
             try: connection.send((i, parts[i]))
             except OSError: return   # it is dead; the next `recv` says so
 
@@ -127,6 +133,7 @@ class Workers:
         else:
             queue.done(connection, what)
             self.pace[connection].note(costs[what], result[1])
+            self.busy_s += result[1]
             done(what, result[0])
 
     def _bury(self, connection, hopeless, reason, queue, log):
