@@ -145,7 +145,7 @@ def main():
         ('pair_cost', 'underdog, one order', 'underdog, pair'), ('symmetric_cost', 'underdog, one order', 'underdog, symmetric'))}
     table('useful tokens per CPU second, one order over the other', ('', 'median', 'best of each', 'least', 'greatest'), [(k, *v.values()) for k, v in compared.items()])
 
-    speedups = two_workers(base, lengths[spread(total, 4*args.rows, np.random.default_rng(0))])
+    speedups = two_workers(base, lengths[spread(total, 4*args.rows, np.random.default_rng(0))], min(3, args.rounds))
     last_line(dict({k: v['median'] for k, v in compared.items()}, **{f'{k}_min': v['min'] for k, v in compared.items()}, **{f'{k}_max': v['max'] for k, v in compared.items()},
                    two_worker_speedup=float(np.median(speedups)), two_worker_best=max(speedups), max_logit_diff=difference, operations={k: v[1] for k, v in counters.items()}, rounds=args.rounds, lengths=origin))
 

@@ -278,3 +278,40 @@ def test_a_run_stops_before_its_limit_with_a_checkpoint(world, uninterrupted, tm
         assert state['reason'] == 'stopped by the time limit' and (state['step'] == 0 or took < limit + 5)
         small_run(world, run, epochs=6.)
     check_same(run, uninterrupted)
+
+
+# ---- health
+def test_a_run_that_cannot_come_to_anything_ends_early_and_goes_on_with_a_lower_rate(world, tmp_path):   # noqa: F811
+    "A learning rate far too high: ended with cause and remedy long before the last step; the same run goes on from its last checkpoint when a person lowers the rate."
+    with pytest.raises(UserError, match='lr') as e: small_run(world, tmp_path/'run', epochs=40., lr=30., head_lr=30., start='none', session=dict(save_minutes=1e-4))
+    run = RunFolder(tmp_path/'run')
+    assert run.status['state'] == 'failed' and run.status['step'] < 150 < run.status['of'] and ('third' in str(e.value) or 'by three' in str(e.value))
+    assert Checkpoints(run.checkpoint).steps()
+    mended = small_run(world, tmp_path/'mended', epochs=40., lr=1e-4, head_lr=1e-4, start='none', session=dict(resume_from=str(run.path), time_limit=1e-6))
+    assert mended.status['state'] == 'paused' and mended.status['step'] > 0 and mended.config['train']['lr'] == 1e-4
+
+
+def test_a_step_that_is_not_finite_is_left_out(world, monkeypatch):   # noqa: F811
+    "One poisoned step changes no weight; three in a row end the run."
+    from underdog.health import Health
+    training = beginner(world)()
+    training.step()
+    before, y = {n: p.clone() for n, p in training.trained().items()}, training.y.clone()
+    training.y[:] = float('nan')
+    assert training.step()['skipped'] and all(torch.equal(p, before[n]) for n, p in training.trained().items())
+    health = Health().look
+    with pytest.raises(Unhealthy, match='not a number in three steps'): fit(training, look=health)
+    training.y[:] = y
+    assert all(p.isfinite().all() for p in training.trained().values())
+
+
+def test_the_head_alone_can_be_trained(world, tmp_path):   # noqa: F811
+    "Rank 0 has no adapters, and that is no fault."
+    from accelerate import Accelerator
+
+    from underdog.health import Health
+    base = beginner(world)()
+    model = load_model(ModelConfig(str(world/'llama'), rank=0))
+    training = Training(model, base.data, base.cfg, Accelerator(cpu=True))
+    rehearse(training)
+    assert fit(training, look=Health().look) == ''

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['save_adapter', 'load_adapter', 'merge', 'load_merged']
 
-# %% ../../nbs/05a_adapter.ipynb #f30541c7
+# %% ../../nbs/05a_adapter.ipynb #746271cf
 import shutil, tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
-from .core import UserError, coerce, read_json, resolve_input, write_json
+from .core import UserError, coerce, read_record, resolve_input, write_json
 from .model import ModelConfig, base_hash, load_model
 
-# %% ../../nbs/05a_adapter.ipynb #f58129d4
+# %% ../../nbs/05a_adapter.ipynb #3198bab9
 def save_adapter(model, folder):
     "Write adapter, head and model.json to `folder`; the folder appears whole or not at all."
     from safetensors.torch import save_file
@@ -45,7 +45,7 @@ def _fill(module, state, what, file):
 def load_adapter(folder, device='cpu', base=None, **changes):
     "The model saved in `folder`, with equal logits; `base` says where the backbone lies now, if it moved, `changes` of its `ModelConfig` what shall differ (dtype, quantization)."
     folder = resolve_input(folder)
-    saved = read_json(folder/'model.json')
+    saved = _saved(folder)
     cfg = coerce(ModelConfig, saved['model'] | ({'path': str(base)} if base else {}) | changes)
     found = base_hash(cfg.path)
     if found != saved['base_hash']:
@@ -56,16 +56,22 @@ def load_adapter(folder, device='cpu', base=None, **changes):
     model.head_source = 'adapter'
     return model.eval()
 
+def _saved(folder):
+    "model.json of an adapter."
+    saved = read_record(folder/'model.json', model=dict, base_hash=str)
+    if missing := {'model', 'base_hash'} - set(saved): raise UserError(f"{folder}/model.json: lacks {', '.join(sorted(missing))}; the adapter was not saved whole, train or copy it again")
+    return saved
+
 def _tensors(file):
     from safetensors.torch import load_file
     try: return load_file(file)
     except Exception as e: raise UserError(f'{file}: cannot be read ({str(e).splitlines()[0]}); copy the run folder again') from None
 
-# %% ../../nbs/05a_adapter.ipynb #d2c91dde
+# %% ../../nbs/05a_adapter.ipynb #d1f4cb55
 def merge(folder, out, base=None):
     "Write backbone + adapters as plain weights to `out`, with tokenizer, head and model.json; returns a config that loads it."
     folder, out = resolve_input(folder), Path(out)
-    saved = read_json(folder/'model.json')
+    saved = _saved(folder)
     cfg = coerce(ModelConfig, saved['model'] | {'quantization': 'none'} | ({'path': str(base)} if base else {}))
     tmp = out.with_name(f'.{out.name}.tmp')
     shutil.rmtree(tmp, ignore_errors=True)

@@ -7,7 +7,7 @@ __all__ = ['row_log_loss', 'log_loss', 'accuracy', 'bootstrap_ci', 'paired_ci', 
            'cross_fit', 'score_table', 'model_key', 'gather_oof', 'gather_test', 'check_probabilities', 'check_ids',
            'write_submission', 'check_submission']
 
-# %% ../../nbs/08_blend.ipynb #3961c2a0
+# %% ../../nbs/08_blend.ipynb #8eb7a085
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,11 +15,11 @@ import numpy as np
 import pandas as pd
 
 from .competition import get_competition
-from .core import UserError, atomic_path, fingerprint, read_json, resolve_input, write_json
+from .core import UserError, atomic_path, fingerprint, read_record, read_table, resolve_input, write_json
 from .data import swap_probs
 from .floors import FLOORS
 
-# %% ../../nbs/08_blend.ipynb #8c8303f2
+# %% ../../nbs/08_blend.ipynb #2d19a22e
 def row_log_loss(y, p):
     "Cross-entropy per row, in nats; `y`, `p` (n, C)."
     return -(np.asarray(y, float)*np.log(np.clip(p, 1e-15, 1))).sum(1)
@@ -48,7 +48,7 @@ def paired_ci(y, p, q, groups=None, n=1000, seed=0, level=.95):
 
 def _interval(means, level): return tuple(float(v) for v in np.quantile(means, [(1 - level)/2, (1 + level)/2]))
 
-# %% ../../nbs/08_blend.ipynb #5ece0dbd
+# %% ../../nbs/08_blend.ipynb #d8e54926
 def apply_temperature(p, t):
     "Probabilities with their logits divided by `t`."
     z = np.log(np.clip(p, 1e-15, 1))/t
@@ -60,7 +60,7 @@ def fit_temperature(y, p):
     from scipy.optimize import minimize_scalar
     return float(np.exp(minimize_scalar(lambda s: log_loss(y, apply_temperature(p, np.exp(s))), bounds=(np.log(.2), np.log(5)), method='bounded').x))
 
-# %% ../../nbs/08_blend.ipynb #68f1311f
+# %% ../../nbs/08_blend.ipynb #8022e71b
 @dataclass(frozen=True)
 class Blend:
     "Weights (>= 0) of named predictions in a log-linear pool."
@@ -99,7 +99,11 @@ class Blend:
     def save(self, path): write_json(path, asdict(self))
 
     @classmethod
-    def load(cls, path): return cls(read_json(resolve_input(path))['weights'])
+    def load(cls, path):
+        path = resolve_input(path)
+        weights = read_record(path, weights=dict).get('weights', {})
+        if not weights or not all(isinstance(w, (int, float)) and 0 <= w < np.inf for w in weights.values()): raise UserError(f'{path}: not the weights of a blend; run the blend kernel again')
+        return cls(weights)
 
 def _centred(p):
     z = np.log(np.clip(p, 1e-15, 1))
@@ -118,7 +122,7 @@ def _cross_fit_once(y, preds, fold, ridge):
         out[held] = fitted.predict({n: p[held] for n, p in preds.items()})
     return out
 
-# %% ../../nbs/08_blend.ipynb #b96e989b
+# %% ../../nbs/08_blend.ipynb #805a182f
 def score_table(y, preds, groups=None):
     "DataFrame (name, loss, low, high, accuracy) of named predictions on the same rows, with 95 % bootstrap intervals."
     return pd.DataFrame([(n, log_loss(y, p), *bootstrap_ci(y, p, groups), accuracy(y, p)) for n, p in preds.items()], columns=['name', 'loss', 'low', 'high', 'accuracy'])
@@ -137,7 +141,7 @@ def gather_oof(runs):
         by_model.setdefault(model_key(run.config), []).append(run)
     table, names = None, {}
     for members in by_model.values():
-        oof, name = pd.concat([pd.read_parquet(r.oof_file) for r in members]), members[0].path.name
+        oof, name = pd.concat([read_table(r.oof_file, ['id', 'group', *(f'{p}_{c}' for p in ('y', 'p', 'one', *(f'floor_{f}' for f in FLOORS)) for c in comp.classes)]) for r in members]), members[0].path.name
         name += f'-{len(names) + 1}' if name in names else ''   # two models in folders of one name
         if oof['id'].duplicated().any(): raise UserError(f"{', '.join(str(r.path) for r in members)}: the same fold twice; give each run once")
         names[name] = [r.path for r in members]
@@ -156,7 +160,7 @@ def gather_test(names, predictions, comp):
     for f in FLOORS: preds[f] = np.mean([t[_columns(f'floor_{f}', comp)].to_numpy() for t in predictions.values()], axis=0)
     return first['id'].tolist(), preds
 
-# %% ../../nbs/08_blend.ipynb #dd0cc427
+# %% ../../nbs/08_blend.ipynb #30ad3f92
 def _sample_ids(sample, comp):
     "Ids of a sample submission, as strings; its columns must be the competition's."
     sample = resolve_input(sample)

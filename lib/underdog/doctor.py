@@ -6,7 +6,7 @@
 __all__ = ['NEEDED', 'Check', 'check', 'guarded', 'packages', 'gpus', 'no_tensor_cores', 'room', 'imports_offline', 'environment',
            'run_files', 'run_predicts', 'compare', 'run_checks', 'kernel_checks', 'table', 'gate']
 
-# %% ../../nbs/09b_doctor.ipynb #a8db1ed4
+# %% ../../nbs/09b_doctor.ipynb #e13f0b57
 import importlib.util, os, shutil, subprocess, sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -16,16 +16,17 @@ import numpy as np
 import pandas as pd
 
 from .checkpoint import Checkpoints
-from .core import RunFolder, UserError, on_kaggle, pick_dtype, resolve_input
+from .core import RunFolder, UserError, on_kaggle, pick_dtype, read_table, resolve_input
 from .data import swap_probs, swap_rows
 from .infer import InferConfig, Job, check_run, devices_of
 from .kernels import check_parameters, find_kernel, kernel_parameters
 from .launch import score_table
 from .predict import softmax
 from .prepare import columns
+from .prompt import COLUMNS
 from .workers import Workers
 
-# %% ../../nbs/09b_doctor.ipynb #39dad3bd
+# %% ../../nbs/09b_doctor.ipynb #359f099b
 @dataclass(frozen=True)
 class Check:
     "One line: what was looked at, `state` (ok, warn, fail or skip), what was found, what to do."
@@ -44,7 +45,7 @@ def guarded(name, look):
 # least versions the library is tested with; Kaggle's image has torch 2.10, transformers 5.0, peft 0.19, accelerate 1.13, datasets 4.0
 NEEDED = {'torch': '2.10', 'transformers': '5.0', 'peft': '0.19', 'accelerate': '1.13', 'datasets': '4.0', 'scikit-learn': '1.4', 'pandas': '2.2', 'numpy': '2.0'}
 
-# %% ../../nbs/09b_doctor.ipynb #ef26ccd7
+# %% ../../nbs/09b_doctor.ipynb #336656f7
 def packages(quantized=True):
     "A line for each package that is missing or old, one for all that are well."
     from packaging.version import Version
@@ -101,7 +102,7 @@ def environment(out='.', gpu=None, quantized=True, offline=None):
     "Checks of the machine; imports in a fresh process only where `offline` (default: on Kaggle), as they take ten seconds."
     return [*packages(quantized), *gpus(gpu), *room(out), *(imports_offline() if (on_kaggle() if offline is None else offline) else [])]
 
-# %% ../../nbs/09b_doctor.ipynb #5803f7ff
+# %% ../../nbs/09b_doctor.ipynb #cee6342f
 def run_files(run, cfg=InferConfig()):
     "Is the run whole, and are template, tokenizer and base model those of training?"
     status = run.status
@@ -120,14 +121,15 @@ def _version(name):
 
 def run_predicts(run, cfg=InferConfig()):
     "Predict the run's check rows as inference does, in both orders, and compare with what training wrote; the model is loaded in a process of its own."
-    rows = pd.read_parquet(run.path/'check.parquet') if (run.path/'check.parquet').exists() else pd.DataFrame()
+    rows = read_table(run.path/'check.parquet', ['id', *COLUMNS]) if (run.path/'check.parquet').exists() else pd.DataFrame()
     if not len(rows) or not run.oof_file.exists(): return [Check('validation loss', 'skip', 'the run has no held-out rows (fold=-1)', 'train one fold to be sure of the path')]
     df = rows.assign(**{c: [list(turns) for turns in rows[c]] for c in rows.columns if c != 'id'})
     job = Job(run, pd.concat([df, swap_rows(df)], ignore_index=True), cfg).open()
     parts, _ = job.parts(job.orders[:1])
     with Workers(job.start(), devices_of(cfg)[:1]) as workers: workers.run(parts, lambda i, result: job.take(parts[i], result))
     p = softmax(job.logits[0] + job.offset)
-    oof = pd.read_parquet(run.oof_file).set_index('id').loc[df['id']].reset_index()
+    oof = read_table(run.oof_file, ['id', *(c for p in ('y', 'p', 'one') for c in columns(p, job.comp))]).set_index('id').reindex(df['id']).reset_index()
+    if oof.isna().any().any(): return [Check('validation loss', 'fail', f'{run.oof_file} lacks rows of check.parquet', 'they are of different trainings: copy the run folder again')]
     return compare(job, oof, np.stack([p[:len(df)], swap_probs(p[len(df):])]), exact=not cfg.changes and not cfg.merge)
 
 def compare(job, oof, p, exact=True):
@@ -150,7 +152,7 @@ def run_checks(run, cfg=InferConfig(), predict=True):
     found = guarded('run', lambda: run_files(run, cfg))
     return found + (guarded('validation loss', lambda: run_predicts(run, cfg)) if predict and all(c.state != 'fail' for c in found) else [])
 
-# %% ../../nbs/09b_doctor.ipynb #5588ee9c
+# %% ../../nbs/09b_doctor.ipynb #d450f5be
 def kernel_checks(name, given):
     "Checks of a kernel notebook with the parameters `given` (name -> text)."
     import nbformat
@@ -165,7 +167,7 @@ def kernel_checks(name, given):
         if run.strip(): lines += guarded(run, lambda: run_checks(run.strip(), InferConfig(base=values.get('base', '')), predict=False))
     return lines
 
-# %% ../../nbs/09b_doctor.ipynb #159c93af
+# %% ../../nbs/09b_doctor.ipynb #0abb056e
 def table(checks, title='underdog doctor'):
     "Print the lines; red ones last, where they are seen."
     from rich.console import Console

@@ -6,7 +6,7 @@
 __all__ = ['Evidence', 'current', 'floor_submission', 'Answers', 'Publisher', 'run_pass', 'answer', 'summary', 'start_jobs',
            'work', 'submit', 'report']
 
-# %% ../../nbs/08a_submit.ipynb #936e1062
+# %% ../../nbs/08a_submit.ipynb #7319718c
 import math, os, signal, sys, time
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .blend import Blend, gather_oof, row_log_loss, write_submission
-from .core import RunFolder, UserError, atomic_path, coerce, fingerprint, on_kaggle, quiet, read_json, sweep, write_json
+from .core import RunFolder, UserError, atomic_path, coerce, fingerprint, on_kaggle, quiet, read_json, read_table, sweep, write_json
 from .data import data_hash
 from .floors import FLOORS
 from .infer import InferConfig, Job, check_run, devices_of, merged_base, read_test
@@ -26,7 +26,7 @@ from .schedule import RANKINGS, best_ranking, compare_rankings, doubt, order_pas
 from .session import Clock, locked, span
 from .workers import Workers
 
-# %% ../../nbs/08a_submit.ipynb #a5f44526
+# %% ../../nbs/08a_submit.ipynb #25a6349f
 class Evidence:
     "Held-out predictions of `runs`: blends for every state of a row, and the order of the passes. Without held-out rows all models count alike."
     def __init__(self, runs, with_floors=True):
@@ -36,7 +36,7 @@ class Evidence:
             self.oof, names, self.comp = gather_oof(runs)
             self.by_path = {path: name for name, paths in names.items() for path in paths}
             self.y = self._p('y')
-            costs = pd.concat([pd.read_parquet(r.path/'rows.parquet', columns=['id', 'tokens', 'cut']) for r in runs]).drop_duplicates('id').set_index('id').loc[self.oof['id']]
+            costs = pd.concat([read_table(r.path/'rows.parquet', ['id', 'tokens', 'cut'])[['id', 'tokens', 'cut']] for r in runs]).drop_duplicates('id').set_index('id').loc[self.oof['id']]
             self.tokens = (costs['tokens'] - costs['cut']).to_numpy()
         else: self.by_path = {r.path: str(r.path) for r in runs}
 
@@ -76,7 +76,7 @@ class Evidence:
             done.append((m, k))
         return out + rest, said
 
-# %% ../../nbs/08a_submit.ipynb #88c469ff
+# %% ../../nbs/08a_submit.ipynb #1734ee29
 def current(jobs, evidence):
     "Blended probabilities (n, C) of what has been answered so far."
     found = [(evidence.by_path[j.run.path], j.predicted()) for j in jobs]
@@ -118,7 +118,7 @@ class Answers:
         except FileNotFoundError: pass
         except Exception as e: print(f'{self.path}: cannot be read ({str(e).splitlines()[0]}); every row is answered anew', flush=True)
 
-# %% ../../nbs/08a_submit.ipynb #a0bd466d
+# %% ../../nbs/08a_submit.ipynb #109f0bcf
 class Publisher:
     "Writes submission, predictions and answers, atomically, at most once in `every` seconds unless told."
     def __init__(self, jobs, evidence, answers, out, submission, sample, every=60.):
@@ -132,6 +132,7 @@ class Publisher:
         write_submission(self.submission, self.jobs[0].df['id'].tolist(), current(self.jobs, self.evidence), self.jobs[0].comp, self.sample)
         self.answers.save()
         for job in self.jobs: job.write(self.folder(job))
+        write_json(self.out/'summary.json', summary(self.jobs))
         self.last = time.monotonic()
         self.took = max(self.took, self.last - began)
 
@@ -157,7 +158,7 @@ def answer(jobs, evidence, publisher, clock):
     if clock.end == math.inf: passes = [(j, j.orders, r) for j, o, r in passes if o == j.orders[0]]   # all orders of a row at once: the prompt is read once
     else:
         passes = [(j, (o,), r) for j, o, r in passes]
-        print('\\n'.join(said), flush=True)
+        print('\n'.join(said), flush=True)
     loading, left = 0., lambda: clock.end - time.monotonic() - 2 - 3*publisher.took   # the last submission takes time too
     while passes:
         job = passes[0][0]
@@ -166,13 +167,14 @@ def answer(jobs, evidence, publisher, clock):
         if job.failed or 1.5*loading > left(): continue
         try:
             with merged_base(job.open(), publisher.out) as merged, Workers(job.start(merged), devices_of(job.cfg)) as workers:
-                for _, orders, ranking in mine: run_pass(job, orders, ranking, workers, publisher, time.monotonic() + left())
+                for _, orders, ranking in mine:
+                    run_pass(job, orders, ranking, workers, publisher, time.monotonic() + left())
+                    job.spent.update(busy_s=workers.busy_s, load_s=workers.load_s)
+                    publisher.now()   # before the workers end, which takes a moment that may not be there
                 loading = max(loading, workers.load_s)
-                job.spent.update(busy_s=workers.busy_s, load_s=workers.load_s)
         except Exception as e:
             job.failed = str(e) or type(e).__name__
             print(f'warning: {job.run.path.name} failed ({job.failed}); its rows keep what they have', flush=True)
-        publisher.now()
 
 def summary(jobs):
     "{rows, answered: {run: rows by orders}, spent: {run: tokens, busy_s, load_s of this start}, failed} of what has come out."
@@ -193,10 +195,9 @@ def work(out, end=math.inf):
     jobs, evidence = start_jobs(settings)
     publisher = Publisher(jobs, evidence, Answers(out/'answers.npz', jobs), out, settings['submission'], settings['sample'] or None, settings['publish_s'])
     publisher.answers.load()
+    publisher.now()   # says how long it takes, while there is time
     try: answer(jobs, evidence, publisher, Clock(end))
-    finally:
-        publisher.now()
-        write_json(out/'summary.json', summary(jobs))
+    finally: publisher.now()
 
 def submit(runs, test_csv, out, cfg=InferConfig(), sample='', submission='', time_limit=-1., began=None, with_floors=True, publish_s=60.):
     """Predict `test_csv` with the run folders `runs` (a list, or texts with commas) and keep a valid submission from the first seconds on; returns it as a DataFrame.
@@ -231,11 +232,11 @@ def report(out, settings, code, tail):
     for run, counts in found['answered'].items():
         if counts[0]: print(f'{run}: {found["rows"] - counts[0]:,} of {found["rows"]:,} rows answered, the others have {"the other models and " if len(found["answered"]) > 1 else ""}the floors', flush=True)
     if code or found['failed']:
-        why = '; '.join(found['failed'].values()) or f'it ended with code {code}; the end of its log:\\n{tail[-1500:]}'
+        why = '; '.join(found['failed'].values()) or ('the time was up, or it was killed' if code == -signal.SIGKILL else f'it ended with code {code}; the end of its log:\n{tail[-1500:]}')
         if code != -signal.SIGKILL and not reached and not os.environ.get('KAGGLE_IS_COMPETITION_RERUN'): raise (UserError if 'Traceback' not in tail else RuntimeError)(f"no model answered: {why} (the submission of the floors stands in {settings['submission']})")
         print(f'warning: {why}', flush=True)
     return pd.read_csv(settings['submission'])
 
-# %% ../../nbs/08a_submit.ipynb #73077a22
+# %% ../../nbs/08a_submit.ipynb #28ca6c09
 #| eval: false
 if __name__ == '__main__' and '__file__' in globals(): run_worker(lambda _: work(Path(sys.argv[1]), float(sys.argv[2])), None)

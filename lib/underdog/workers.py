@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['WorkQueue', 'Pace', 'Workers']
 
-# %% ../../nbs/06d_workers.ipynb #32a54a49
+# %% ../../nbs/06d_workers.ipynb #1f300281
 import math, multiprocessing, os, time
 from collections import Counter, deque
 from multiprocessing.connection import wait
 
 from .core import UserError
 
-# %% ../../nbs/06d_workers.ipynb #c541e789
+# %% ../../nbs/06d_workers.ipynb #93b1e551
 class WorkQueue:
     "Parts of work 0 … n - 1, each handed out in order and done once; what a worker held goes back to the front, but for a part that took `MOST` workers with it: that one is `dropped`."
     MOST = 2
@@ -40,7 +40,7 @@ class WorkQueue:
         self.waiting.extendleft(reversed(parts))
         return parts
 
-# %% ../../nbs/06d_workers.ipynb #42313f6e
+# %% ../../nbs/06d_workers.ipynb #a7510317
 def _serve(connection, start, device, threads):
     "Life of a worker: load, say so, compute what comes until None comes."
     import torch
@@ -57,7 +57,7 @@ def _serve(connection, start, device, threads):
         connection.send(('failed', (isinstance(e, UserError), str(e) if isinstance(e, UserError) else f'{type(e).__name__}: {e}')))
         raise
 
-# %% ../../nbs/06d_workers.ipynb #5f3b34a8
+# %% ../../nbs/06d_workers.ipynb #c3a554ca
 class Pace:
     "Seconds per unit of cost of the last three parts."
     SAFETY = 1.3
@@ -66,7 +66,7 @@ class Pace:
     def most(self, cost): return self.SAFETY*max(self.recent, default=0.)*cost
     def least(self, cost): return min(self.recent, default=0.)*cost
 
-# %% ../../nbs/06d_workers.ipynb #b69a7ac2
+# %% ../../nbs/06d_workers.ipynb #72bc516d
 class Workers:
     "A worker process per device, each with `start(device)`; a context manager that leaves none behind."
     AHEAD = 2   # parts that a worker holds: one in hand, one in reserve
@@ -87,9 +87,10 @@ class Workers:
     def __enter__(self): return self
 
     def __exit__(self, *_):
-        for connection, (*_, process) in self.processes.items():
+        for connection in self.processes:
             try: connection.send(None)
             except OSError: pass
+        for *_, process in self.processes.values():
             process.join(10)
             if process.is_alive(): process.kill()
 

@@ -1,0 +1,229 @@
+"The scored run: valid from the first seconds, better as models answer, on time, and whole after whatever dies."
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+from test_pipeline import finished, probabilities, small_run, world   # noqa: F401 (fixtures)
+
+from underdog import schedule
+from underdog.blend import Blend, check_submission
+from underdog.competition import LMSYS
+from underdog.core import RunFolder, UserError, read_json, write_json
+from underdog.data import read_rows
+from underdog.infer import InferConfig, Job, infer
+from underdog.sample import write_sample
+from underdog.submit import Answers, Evidence, current, submit
+
+
+@pytest.fixture(scope='session')
+def joint(world, tmp_path_factory): return small_run(world, tmp_path_factory.mktemp('joint')/'run', head='joint')   # noqa: F811
+
+
+def jobs_of(world, *runs, **cfg):   # noqa: F811
+    df, _ = read_rows(world/'test.csv', labelled=False)
+    return [Job(r, df, InferConfig(**cfg)) for r in runs], Evidence(list(runs))
+
+
+def answer_with(job, rows, orders=None, seed=0):
+    for k in orders or range(len(job.orders)): job.logits[k, rows] = np.random.default_rng(seed).normal(size=(len(rows), 3))
+
+
+# ---- what is published
+def test_every_state_of_a_row_is_a_distribution_and_only_its_own_answers_count(world, finished, joint):   # noqa: F811
+    jobs, evidence = jobs_of(world, finished, joint)
+    floors = current(jobs, evidence)
+    answer_with(jobs[0], range(4, 12))
+    answer_with(jobs[1], range(8, 16), [0])
+    answer_with(jobs[1], range(10, 14), [1], seed=1)
+    p = current(jobs, evidence)
+    np.testing.assert_allclose(p.sum(1), 1)
+    np.testing.assert_array_equal(p[:4], floors[:4])
+    np.testing.assert_array_equal(p[16:], floors[16:])
+    assert (np.abs(p[4:16] - floors[4:16]).max(1) > 1e-3).all()
+    one = jobs[1].predicted()
+    assert one['orders'].tolist() == [0]*8 + [1]*2 + [2]*4 + [1]*2 + [0]*4
+    np.testing.assert_array_equal(one['both'][8:10], one['one'][8:10])   # one order answered: it is all there is
+
+
+def test_blend_weights_belong_to_the_state(world, finished, joint):   # noqa: F811
+    "The weights of a state are those of a blend that has the same predictions; without held-out rows all models count alike."
+    evidence = Evidence([finished, joint])
+    pair, both = evidence.by_path[finished.path], evidence.by_path[joint.path]
+    assert pair != both
+    assert set(evidence.blend({pair: 1}).weights) == {'length', 'tfidf', pair} and set(evidence.blend({}).weights) == {'length', 'tfidf'}
+    expected = Blend.fit(evidence.y, {f: evidence.oof[[f'floor_{f}_{c}' for c in LMSYS.classes]].to_numpy() for f in ('length', 'tfidf')} | {both: evidence.oof[[f'{both}_{c}' for c in LMSYS.classes]].to_numpy()})
+    assert evidence.blend({both: 2}).weights == pytest.approx(expected.weights)
+    assert Evidence([finished], with_floors=False).blend({pair: 1}).weights.keys() == {pair}
+
+
+def test_answers_come_back_from_disk_only_for_the_same_job(world, finished, tmp_path, capsys):   # noqa: F811
+    (job,), _ = jobs_of(world, finished)
+    answer_with(job, range(7))
+    Answers(tmp_path/'a.npz', [job]).save()
+    (again,), _ = jobs_of(world, finished, batch_tokens=99)   # speed is not the job
+    Answers(tmp_path/'a.npz', [again]).load()
+    np.testing.assert_array_equal(again.logits, job.logits)
+    (other,), _ = jobs_of(world, finished, quantization='nf4')
+    Answers(tmp_path/'a.npz', [other]).load()
+    assert np.isnan(other.logits).all()
+    content = (tmp_path/'a.npz').read_bytes()
+    for broken in (content[:-40], b'', content[:200] + b'xxxx' + content[204:]):
+        (tmp_path/'a.npz').write_bytes(broken)
+        Answers(tmp_path/'a.npz', [again]).load()
+    assert 'every row is answered anew' in capsys.readouterr().out
+
+
+def test_parts_hold_every_unanswered_row_once_by_priority(world, finished):   # noqa: F811
+    (job,), _ = jobs_of(world, finished, batch_tokens=300)
+    job.open()
+    answer_with(job, [3, 4])
+    priority = np.arange(20)[::-1].astype(float)
+    parts, costs = job.parts(job.orders, priority, together=1)
+    rows = [r for part, _ in parts for r in part]
+    assert sorted(rows) == [r for r in range(20) if r not in (3, 4)] and all(c > 0 for c in costs)
+    lag = np.abs(np.argsort([r for r in rows]) - np.arange(18))
+    assert lag.max() < 8   # near to the order asked for
+
+
+# ---- which rows first
+def test_the_ranking_follows_what_rows_show():
+    rng = np.random.default_rng(0)
+    tokens, unsure = rng.lognormal(5, .7, 2000), rng.uniform(0, 1, 2000)
+    noise = rng.normal(0, .1, 2000)
+    assert schedule.best_ranking(.1 + noise, tokens, unsure) == 'shortest first'
+    assert schedule.best_ranking(.3*(unsure > .8) + noise, np.full(2000, 100.), unsure) == 'most uncertain first'
+    assert schedule.best_ranking(.3*unsure**2 + .1*noise, tokens, unsure) == 'uncertainty per token'
+    x, y = schedule.gain_curve(noise, tokens, -tokens)
+    assert x[0] == y[0] == 0 and x[-1] == pytest.approx(1) and y[-1] == pytest.approx(noise.mean()) and (np.diff(x) > 0).all()
+
+
+def test_passes_come_by_worth_per_token_and_never_before_their_first_order(world, finished, joint):   # noqa: F811
+    jobs, evidence = jobs_of(world, finished, joint)
+    passes, said = evidence.plan(jobs)
+    assert sorted((jobs.index(j), o) for j, o, _ in passes) == [(0, False), (1, False), (1, True)] and len(said) == 3
+    second = [(jobs.index(j), o) for j, o, _ in passes]
+    assert second.index((1, False)) < second.index((1, True))
+    assert {r for *_, r in passes} <= set(schedule.RANKINGS)
+
+
+# ---- the whole
+def test_with_time_enough_it_is_what_infer_gives_with_the_blend(world, finished, tmp_path):   # noqa: F811
+    "One run, no limit and a generous one: the predictions of `infer`, blended with the weights of the held-out rows; the files are whole."
+    alone = infer(finished.path, world/'test.csv', tmp_path/'alone')
+    for name, limit in (('free', 0.), ('limited', 1.)):
+        got = submit(str(finished.path), world/'test.csv', tmp_path/name, sample=world/'sample_submission.csv', time_limit=limit)
+        np.testing.assert_allclose(probabilities(pd.read_parquet(tmp_path/name/'predictions.parquet')), probabilities(alone), atol=1e-5)
+        assert check_submission(tmp_path/name/'submission.csv', LMSYS, world/'sample_submission.csv') == 20 == len(got)
+        assert read_json(tmp_path/name/'summary.json')['answered'] == {str(finished.path): [0, 20]}
+        jobs, evidence = jobs_of(world, finished)
+        Answers(tmp_path/name/'answers.npz', jobs).load()
+        np.testing.assert_allclose(got.set_index('id').loc[jobs[0].df['id']], current(jobs, evidence), atol=1e-6)
+        assert not [f for f in (tmp_path/name).rglob('.*') if f.name != '.lock']
+
+
+def test_no_time_at_all_is_the_floors_and_on_time(world, finished, joint, tmp_path):   # noqa: F811
+    began = time.monotonic()
+    got = submit([finished.path, joint.path], world/'test.csv', tmp_path/'out', sample=world/'sample_submission.csv', time_limit=8/3600)
+    assert time.monotonic() - began < 8 and len(got) == 20
+    assert check_submission(tmp_path/'out'/'submission.csv', LMSYS, world/'sample_submission.csv') == 20
+
+
+def test_a_model_that_fails_costs_its_rows_only_the_fallback(world, finished, joint, tmp_path, capsys):   # noqa: F811
+    "The head of one of two runs is broken: the other answers, the log names the failure. Alone it is an error, but not in a scored run."
+    import shutil
+    shutil.copytree(joint.path, tmp_path/'broken')
+    (tmp_path/'broken'/'adapter'/'head.safetensors').write_bytes(b'no')
+    submit([finished.path, tmp_path/'broken'], world/'test.csv', tmp_path/'out', sample=world/'sample_submission.csv', time_limit=.5)
+    found = read_json(tmp_path/'out'/'summary.json')
+    assert found['answered'][str(finished.path)] == [0, 20] and found['answered'][str(tmp_path/'broken')] == [20, 0, 0]
+    assert 'head.safetensors: cannot be read' in found['failed'][str(tmp_path/'broken')] and 'head.safetensors' in capsys.readouterr().out
+    with pytest.raises((UserError, RuntimeError), match='no model answered'): submit([tmp_path/'broken'], world/'test.csv', tmp_path/'alone', sample=world/'sample_submission.csv')
+    os.environ['KAGGLE_IS_COMPETITION_RERUN'] = '1'
+    try: assert len(submit([tmp_path/'broken'], world/'test.csv', tmp_path/'scored', sample=world/'sample_submission.csv')) == 20
+    finally: del os.environ['KAGGLE_IS_COMPETITION_RERUN']
+
+
+def test_mistakes_are_said_before_anything_is_written(world, finished, tmp_path):   # noqa: F811
+    with pytest.raises(UserError, match='no run folder'): submit('', world/'test.csv', tmp_path/'out')
+    with pytest.raises(UserError, match='not a run folder'): submit(str(world), world/'test.csv', tmp_path/'out')
+    with pytest.raises(UserError, match='time_limit'): submit(str(finished.path), world/'test.csv', tmp_path/'out', time_limit=-3)
+    with pytest.raises(UserError, match='no such file'): submit(str(finished.path), tmp_path/'none.csv', tmp_path/'out')
+    assert not (tmp_path/'out').exists()
+
+
+def command(run, test_csv, sample, out, code='submit(sys.argv[1], sys.argv[2], sys.argv[4], InferConfig(batch_tokens=250), sys.argv[3], time_limit=1, publish_s=.1)'):
+    return subprocess.Popen([sys.executable, '-c', f'import sys; from underdog.submit import submit; from underdog.infer import InferConfig; {code}', str(run), str(test_csv), str(sample), str(out)],
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.fixture(scope='session')
+def large(tmp_path_factory):
+    "A test file that takes a while."
+    return write_sample(tmp_path_factory.mktemp('large'), n_train=20, n_test=1500)
+
+
+def until_answers(out, process):
+    began = time.monotonic()
+    while time.monotonic() - began < 120 and process.poll() is None:
+        if (out/'answers.npz').exists() and (out/'submission.csv').exists(): return
+        time.sleep(.01)
+    assert process.poll() is None, process.stdout.read()
+
+
+def answered(out, n):
+    with np.load(out/'answers.npz') as found: return int((~np.isnan(found['0']).any((0, 2))).sum())
+
+
+def test_sigterm_publishes_and_sigkill_loses_at_most_what_was_not_published(world, finished, large, tmp_path):   # noqa: F811
+    "After SIGTERM and after SIGKILL of everything the submission is valid and a new start goes on with the rows that are left; in the end it is that of an undisturbed one."
+    out, sample = tmp_path/'out', large['sample_submission.csv']
+    process = command(finished.path, large['test.csv'], sample, out)
+    until_answers(out, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 0 and check_submission(out/'submission.csv', LMSYS, sample) == 1500
+    first = answered(out, 1500)
+    process = command(finished.path, large['test.csv'], sample, out)
+    time.sleep(.5)
+    began = time.monotonic()
+    while process.poll() is None and answered(out, 1500) <= first and time.monotonic() - began < 120: time.sleep(.02)
+    for p in [*psutil.Process(process.pid).children(recursive=True), process] if process.poll() is None else []: p.kill()
+    process.communicate()
+    assert check_submission(out/'submission.csv', LMSYS, sample) == 1500 and answered(out, 1500) >= first
+    done = command(finished.path, large['test.csv'], sample, out)
+    text = done.communicate(timeout=300)[0]
+    assert done.returncode == 0 and 'earlier answers' in text and answered(out, 1500) == 1500
+    whole = infer(finished.path, large['test.csv'], tmp_path/'whole')
+    np.testing.assert_allclose(probabilities(pd.read_parquet(out/'predictions.parquet')), probabilities(whole), atol=1e-4)
+
+
+def test_a_killed_worker_is_replaced(world, finished, large, tmp_path):   # noqa: F811
+    process = command(finished.path, large['test.csv'], large['sample_submission.csv'], tmp_path/'out')
+    until_answers(tmp_path/'out', process)
+    child = psutil.Process(process.pid).children()[0]
+    workers = [p for p in child.children() if 'spawn_main' in ' '.join(p.cmdline())]
+    if workers: workers[-1].kill()
+    text = process.communicate(timeout=300)[0]
+    assert process.returncode == 0 and answered(tmp_path/'out', 1500) == 1500 and (not workers or 'it starts again' in text)
+
+
+def test_the_second_of_two_starts_is_refused(world, finished, tmp_path):   # noqa: F811
+    from underdog.session import locked
+    with locked(tmp_path/'out'), pytest.raises(UserError, match='is at work there'): submit(str(finished.path), world/'test.csv', tmp_path/'out')
+
+
+def test_runs_without_held_out_rows_count_alike(world, finished, tmp_path):   # noqa: F811
+    import shutil
+    shutil.copytree(finished.path, tmp_path/'run')
+    (tmp_path/'run'/'oof.parquet').unlink()
+    write_json(tmp_path/'run'/'config.json', read_json(tmp_path/'run'/'config.json'))
+    run = RunFolder.open(tmp_path/'run')
+    evidence = Evidence([run])
+    assert list(evidence.blend({str(Path(run.path)): 1}).weights.values()) == [1.] and evidence.plan(jobs_of(world, run)[0])[0][0][2] == 'shortest first'
