@@ -152,6 +152,7 @@ def disturb(kind, folder, kills, rng, figures):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--kills', type=int, default=50, help='half in training, half in inference')
+    parser.add_argument('--rows', type=int, default=140, help='of train.csv and of test.csv: how long a run takes')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--keep', help='a folder that is left for inspection')
     parser.add_argument('--job', nargs=3, metavar=('KIND', 'FOLDER', 'OUT'), help=argparse.SUPPRESS)
@@ -161,7 +162,7 @@ def main():
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(args.keep or tmp)
         os.environ['UNDERDOG_CACHE'] = str(folder/'cache')
-        make_world(folder, n_train=120, n_test=160)
+        make_world(folder, n_train=args.rows, n_test=args.rows)
         (folder/'jumps').mkdir(parents=True, exist_ok=True)
         (folder/'jumps'/'sitecustomize.py').write_text(JUMPS)
         figures, rng = dict(kills=0, lost_runs=0, invalid_submissions=0, max_steps_redone=0, torn_files=0, runs=0, whom={}, seconds={}), random.Random(args.seed)

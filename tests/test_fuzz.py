@@ -107,6 +107,7 @@ def test_missing_files_and_folders_in_their_place(patient, name):
     (patient/name).unlink()
     try:
         survives(patient, name)
+        (patient/name).unlink(missing_ok=True)
         (patient/name).mkdir()
         survives(patient, name)
         (patient/name).rmdir()

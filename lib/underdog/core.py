@@ -7,7 +7,7 @@ __all__ = ['UserError', 'nearest', 'atomic_path', 'sweep', 'atomic_write', 'writ
            'fingerprint', 'file_hash', 'build_id', 'versions', 'convert', 'coerce', 'cache_folder', 'on_kaggle',
            'resolve_input', 'pick_dtype', 'seed_everything', 'peak_memory_gb', 'quiet', 'RunFolder']
 
-# %% ../../nbs/00_core.ipynb #c0d3b3b0
+# %% ../../nbs/00_core.ipynb #af33d342
 import difflib, hashlib, json, logging, os, shutil, sys, tempfile, types, typing, warnings
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-# %% ../../nbs/00_core.ipynb #036e1498
+# %% ../../nbs/00_core.ipynb #8a48299e
 class UserError(ValueError):
     "A mistake of the user's: the message says what, where and how to mend it."
 
@@ -25,7 +25,7 @@ def nearest(name, known):
     close = difflib.get_close_matches(str(name), [str(k) for k in known], n=3, cutoff=.5)
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(map(str, known))}"
 
-# %% ../../nbs/00_core.ipynb #e4577e93
+# %% ../../nbs/00_core.ipynb #3dcffd06
 @contextmanager
 def atomic_path(path):
     "Yield a temporary sibling of `path`; it replaces `path` when the block ends well and vanishes when it does not."
@@ -54,7 +54,7 @@ def atomic_write(path, content):
     "Write text (UTF-8) or bytes to `path` in one step."
     with atomic_path(path) as tmp: tmp.write_bytes(content.encode('utf-8') if isinstance(content, str) else content)
 
-# %% ../../nbs/00_core.ipynb #02d658b2
+# %% ../../nbs/00_core.ipynb #bbe18942
 def _plain(obj):
     "What json cannot write by itself: numpy scalars and arrays, paths."
     if isinstance(obj, np.generic): return obj.item()
@@ -90,7 +90,7 @@ def read_table(path, needed=()):
     if missing := [c for c in needed if c not in table]: raise UserError(f"{path}: no column {', '.join(missing)}; restore it or run its stage again")
     return table
 
-# %% ../../nbs/00_core.ipynb #752afa94
+# %% ../../nbs/00_core.ipynb #1f60a77b
 def fingerprint(*parts):
     "16 hex characters that depend on every part: str, bytes, arrays, or anything json can write (keys sorted)."
     h = hashlib.sha256()
@@ -121,7 +121,7 @@ def versions():
         except PackageNotFoundError: found[name] = None
     return found
 
-# %% ../../nbs/00_core.ipynb #e06cfa45
+# %% ../../nbs/00_core.ipynb #6878b654
 def convert(value, kind, name):
     "`value` as `kind` (int, float, bool, str, or one of them | None); text is understood as a number where one is wanted."
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
@@ -146,7 +146,7 @@ def coerce(cls, values):
     if needed: raise UserError(f"{cls.__name__} needs {', '.join(needed)}; give a value")
     return cls(**{k: convert(v, hints[k], k) for k, v in values.items()})
 
-# %% ../../nbs/00_core.ipynb #ca0eba3c
+# %% ../../nbs/00_core.ipynb #2c3c08d5
 def cache_folder():
     "Where what can be made again is kept: $UNDERDOG_CACHE, on Kaggle /kaggle/tmp (not saved with the output), else the user's cache folder."
     return Path(os.environ.get('UNDERDOG_CACHE') or ('/kaggle/tmp/underdog' if on_kaggle() else Path.home()/'.cache'/'underdog'))
@@ -181,7 +181,7 @@ def _tree(root, limit=30):
     names = [str(p.relative_to(root)) for pattern in ('*', '*/*', '*/*/*') for p in sorted(root.glob(pattern))]
     return ', '.join(names[:limit]) + (' …' if len(names) > limit else '') if names else 'nothing'
 
-# %% ../../nbs/00_core.ipynb #cf745853
+# %% ../../nbs/00_core.ipynb #d2f88966
 def pick_dtype(device='cuda:0'):
     "(torch dtype, reason) for compute on `device`: fp32 on CPU, bf16 from compute capability 8.0, fp16 below (T4: no bf16 units)."
     import torch
@@ -214,7 +214,7 @@ def quiet():
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
-# %% ../../nbs/00_core.ipynb #76661b71
+# %% ../../nbs/00_core.ipynb #a31de584
 @dataclass(frozen=True)
 class RunFolder:
     "Paths and small files of one run; made by `create`, checked by `open`."
@@ -241,6 +241,8 @@ class RunFolder:
         run = cls(resolve_input(path))
         if not run.config_file.is_file(): raise UserError(f'{run.path}: not a run folder (no config.json); give the folder that training wrote')
         missing = [k for k in ('model', 'prompt', 'template_hash', 'base_hash', 'competition') if k not in run.config]
+        for part, names in dict(data=('hash',), model=('path',), prompt=('tokenizer', 'head')).items():
+            if run.config.get(part): missing += [f'{part}.{k}' for k in names if not isinstance(run.config[part].get(k), str)]
         if missing: raise UserError(f"{run.config_file}: lacks {', '.join(missing)}; train again with this version")
         return run
 
@@ -281,12 +283,13 @@ class RunFolder:
 
     def cut_metrics(self, step, evaluated=True):
         "Drop the lines of what came after `step`, which will be done again; with `evaluated` false its evaluation too."
+        if not self.metrics_file.is_file(): return
         kept = [line for line in self._lines() if (m := json.loads(line)).get('step', 0) <= step and (evaluated or m.get('step') != step or 'eval_loss' not in m)]
         atomic_write(self.metrics_file, ''.join(f'{line}\n' for line in kept))
 
     def _lines(self):
         "The whole lines of metrics.jsonl."
-        lines = self.metrics_file.read_text(encoding='utf-8', errors='replace').splitlines() if self.metrics_file.exists() else []
+        lines = self.metrics_file.read_text(encoding='utf-8', errors='replace').splitlines() if self.metrics_file.is_file() else []
         return [line for line in lines if _is_record(line)]
 
 def _is_record(line):

@@ -6,7 +6,7 @@
 __all__ = ['InferConfig', 'check_run', 'read_test', 'prediction_table', 'Job', 'start_worker', 'devices_of', 'merged_base',
            'predict_parts', 'work', 'infer']
 
-# %% ../../nbs/07_infer.ipynb #a5d9824e
+# %% ../../nbs/07_infer.ipynb #9c20e485
 import sys, tempfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +30,7 @@ from .predict import orders_of, part_logits, progress, softmax
 from .prepare import columns
 from .workers import Workers
 
-# %% ../../nbs/07_infer.ipynb #ba204625
+# %% ../../nbs/07_infer.ipynb #a94471e0
 @dataclass(frozen=True)
 class InferConfig:
     "Settings of one inference."
@@ -57,6 +57,7 @@ class InferConfig:
 def check_run(run, cfg):
     "The `Prompter` of a finished run; `UserError` when tokenizer, template or base model are not those of training."
     config = run.config
+    if missing := [k for k in ('train', 'best_floor', 'versions') if k not in config]: raise UserError(f"{run.config_file}: lacks {', '.join(missing)}; train again with this version")
     if not (run.adapter/'model.json').is_file(): raise UserError(f"{run.path}: no adapter (its state is {run.status['state']!r}); finish the training first")
     base = cfg.base or config['model']['path']
     found = base_hash(base)
@@ -68,7 +69,7 @@ def check_run(run, cfg):
                         f"use the library of the run (build {config.get('build_id')}) and its tokenizer")
     return prompter
 
-# %% ../../nbs/07_infer.ipynb #ca9ae724
+# %% ../../nbs/07_infer.ipynb #ab473687
 def read_test(run, test_csv):
     "(rows, competition) of a test file for this run."
     comp = get_competition(run.config['competition'])
@@ -180,7 +181,7 @@ def infer(run, test_csv, out, cfg=InferConfig()):
     if code: raise RuntimeError(f'inference with {run.path} ended with code {code}; the end of its log:\n{tail}')
     return pd.read_parquet(out/'predictions.parquet')
 
-# %% ../../nbs/07_infer.ipynb #f4d5290c
+# %% ../../nbs/07_infer.ipynb #2c4658a4
 #| eval: false
 if __name__ == '__main__' and '__file__' in globals():
     run_worker(lambda _: work(RunFolder.open(sys.argv[1]), sys.argv[2], Path(sys.argv[3])), None)

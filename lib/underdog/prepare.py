@@ -6,7 +6,7 @@
 __all__ = ['FREE', 'LOOSE', 'describe', 'identity', 'differences', 'columns', 'row_table', 'find_earlier', 'copy_run', 'prepare',
            'check_rows']
 
-# %% ../../nbs/06b_prepare.ipynb #cfe9027c
+# %% ../../nbs/06b_prepare.ipynb #96a17d92
 import json, shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from .model import base_hash, compute_dtype
 from .prompt import COLUMNS, Prompter, tokenize_rows
 from .train import TrainConfig
 
-# %% ../../nbs/06b_prepare.ipynb #624d1d7b
+# %% ../../nbs/06b_prepare.ipynb #29d89e9e
 FREE = ('batch_tokens', 'checkpointing', 'activation_gb', 'log_every')      # may differ: they change speed, not results
 LOOSE = ('lr', 'head_lr', 'weight_decay', 'max_grad_norm')                   # may differ where a person asks to go on
 
@@ -41,15 +41,15 @@ def describe(train_csv, model, prompt, cfg=TrainConfig(), competition=None):
 
 def identity(config):
     "{setting: value} of what makes a run what it is."
-    hashes = {k: config[k] for k in ('competition', 'template_hash', 'tokenizer_hash', 'base_hash')}
-    return {k: v for k, v in config['train'].items() if k not in FREE} | {k: v for k, v in config['model'].items() if k != 'path'} | hashes | {'data': config['data']['hash']}
+    part = lambda name, without: {k: v for k, v in config.get(name, {}).items() if k not in without}
+    return part('train', FREE) | part('model', ('path',)) | {k: config.get(k) for k in ('competition', 'template_hash', 'tokenizer_hash', 'base_hash')} | {'data': config.get('data', {}).get('hash')}
 
 def differences(one, other):
     "Names of the settings in which two configs are not the same run."
     a, b = identity(one), identity(other)
     return sorted(k for k in a | b if a.get(k) != b.get(k))
 
-# %% ../../nbs/06b_prepare.ipynb #be3ec2ac
+# %% ../../nbs/06b_prepare.ipynb #9aee5236
 def columns(prefix, comp): return [f'{prefix}_{c}' for c in comp.classes]
 
 def row_table(df, comp, cfg):
@@ -69,7 +69,7 @@ def row_table(df, comp, cfg):
         table[columns(f'floor_{name}', comp)] = p
     return table, floors, best
 
-# %% ../../nbs/06b_prepare.ipynb #49cd4a34
+# %% ../../nbs/06b_prepare.ipynb #1be1a716
 def find_earlier(path, config, resume_from='', restart=False):
     "The run folder to go on from, or None for a new run; `UserError` when there is another run in the way."
     here = RunFolder(Path(path))
