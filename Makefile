@@ -45,7 +45,7 @@ test: check
 	@echo '== notebooks =='
 	OMP_NUM_THREADS=1 .venv/bin/nbdev_test --n_workers 2 --do_print
 	@echo '== tests =='
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile --durations 10 tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist worksteal --durations 15 tests
 
 export: setup
 	$(PY) tests/sync_check.py --write

@@ -34,9 +34,8 @@ def test_a_well_run_is_green(finished):   # noqa: F811
     assert states(found) == {k: 'ok' for k in ('state', 'template, tokenizer, base', 'versions', 'reload equality', 'validation loss', 'swap consistency')}
 
 
-@pytest.mark.parametrize('head,quantization', [('joint', 'nf4'), ('symmetric', 'none')])
-def test_other_heads_are_green(world, tmp_path, head, quantization):   # noqa: F811
-    assert not red(run_checks(small_run(world, tmp_path/'run', head=head, quantization=quantization).path))
+def test_another_head_in_four_bits_is_green(world, tmp_path):   # noqa: F811
+    assert not red(run_checks(small_run(world, tmp_path/'run', head='joint', quantization='nf4').path))
 
 
 def test_an_adapter_of_another_training_is_seen_on_the_rows(patient):
@@ -110,9 +109,6 @@ def test_a_kernel_with_an_ill_run_stops_in_its_gate(world, patient, tmp_path):  
     assert not (tmp_path/'out').exists()
 
 
-def test_the_command_line(finished):   # noqa: F811
-    command = [sys.executable, '-c', 'from underdog.cli import main; main()', 'doctor']
-    done = subprocess.run([*command, str(finished.path)], capture_output=True, text=True)
-    assert done.returncode == 0 and 'validation loss' in done.stdout and 'imports without internet' in done.stdout
-    done = subprocess.run([*command, 'train', '-p', 'train_csv=nothing.csv'], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.count('\n') == 1 and 'nothing.csv: no such file' in done.stderr
+def test_the_command_line():
+    done = subprocess.run([sys.executable, '-c', 'from underdog.cli import main; main()', 'doctor', 'train', '-p', 'train_csv=nothing.csv'], capture_output=True, text=True)
+    assert 'imports without internet' in done.stdout and done.returncode == 1 and done.stderr.count('\n') == 1 and 'nothing.csv: no such file' in done.stderr

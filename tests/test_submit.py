@@ -1,9 +1,9 @@
 "The scored run: valid from the first seconds, better as models answer, on time, and whole after whatever dies."
-import os
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from underdog.core import RunFolder, UserError, read_json, write_json
 from underdog.data import read_rows
 from underdog.infer import InferConfig, Job, infer
 from underdog.sample import write_sample
-from underdog.submit import Answers, Evidence, current, submit
+from underdog.submit import Answers, Evidence, Publisher, current, report, submit
 
 
 @pytest.fixture(scope='session')
@@ -113,19 +113,33 @@ def test_passes_come_by_worth_per_token_and_never_before_their_first_order(world
     assert {r for *_, r in passes} <= set(schedule.RANKINGS)
 
 
+def test_a_full_disk_costs_a_version_not_the_run(world, finished, tmp_path, monkeypatch, capsys):   # noqa: F811
+    jobs, evidence = jobs_of(world, finished)
+    publisher = Publisher(jobs, evidence, Answers(tmp_path/'a.npz', jobs), tmp_path, tmp_path/'submission.csv', world/'sample_submission.csv')
+    publisher.now()
+    before = (tmp_path/'submission.csv').read_bytes()
+    answer_with(jobs[0], range(20))
+    def full(*args, **kwargs): raise OSError(28, 'No space left on device')
+    with monkeypatch.context() as m:
+        m.setattr(pd.DataFrame, 'to_csv', full)
+        publisher.now()
+    assert (tmp_path/'submission.csv').read_bytes() == before and 'the version before stands' in capsys.readouterr().out and not list(tmp_path.glob('.*'))
+    publisher.now()
+    assert (tmp_path/'submission.csv').read_bytes() != before
+
+
 # ---- the whole
 def test_with_time_enough_it_is_what_infer_gives_with_the_blend(world, finished, tmp_path):   # noqa: F811
-    "One run, no limit and a generous one: the predictions of `infer`, blended with the weights of the held-out rows; the files are whole."
-    alone = infer(finished.path, world/'test.csv', tmp_path/'alone')
-    for name, limit in (('free', 0.), ('limited', 1.)):
-        got = submit(str(finished.path), world/'test.csv', tmp_path/name, sample=world/'sample_submission.csv', time_limit=limit)
-        np.testing.assert_allclose(probabilities(pd.read_parquet(tmp_path/name/'predictions.parquet')), probabilities(alone), atol=1e-5)
-        assert check_submission(tmp_path/name/'submission.csv', LMSYS, world/'sample_submission.csv') == 20 == len(got)
-        assert read_json(tmp_path/name/'summary.json')['answered'] == {str(finished.path): [0, 20]}
-        jobs, evidence = jobs_of(world, finished)
-        Answers(tmp_path/name/'answers.npz', jobs).load()
-        np.testing.assert_allclose(got.set_index('id').loc[jobs[0].df['id']], current(jobs, evidence), atol=1e-6)
-        assert not [f for f in (tmp_path/name).rglob('.*') if f.name != '.lock']
+    "A generous limit: the predictions of `infer`, blended with the weights of the held-out rows; the files are whole; a second start has nothing to do."
+    alone, out = infer(finished.path, world/'test.csv', tmp_path/'alone'), tmp_path/'out'
+    got = submit(str(finished.path), world/'test.csv', out, sample=world/'sample_submission.csv', time_limit=1.)
+    np.testing.assert_allclose(probabilities(pd.read_parquet(out/'predictions.parquet')), probabilities(alone), atol=1e-5)
+    assert check_submission(out/'submission.csv', LMSYS, world/'sample_submission.csv') == 20 == len(got)
+    assert read_json(out/'summary.json')['answered'] == {str(finished.path): [0, 20]}
+    jobs, evidence = jobs_of(world, finished)
+    Answers(out/'answers.npz', jobs).load()
+    np.testing.assert_allclose(got.set_index('id').loc[jobs[0].df['id']], current(jobs, evidence), atol=1e-6)
+    assert not [f for f in out.rglob('.*') if f.name != '.lock']
 
 
 def test_no_time_at_all_is_the_floors(world, finished, joint, tmp_path):   # noqa: F811
@@ -134,7 +148,7 @@ def test_no_time_at_all_is_the_floors(world, finished, joint, tmp_path):   # noq
     assert check_submission(tmp_path/'out'/'submission.csv', LMSYS, world/'sample_submission.csv') == 20
 
 
-def test_a_model_that_fails_costs_its_rows_only_the_fallback(world, finished, joint, tmp_path, capsys):   # noqa: F811
+def test_a_model_that_fails_costs_its_rows_only_the_fallback(world, finished, joint, tmp_path, capsys, monkeypatch):   # noqa: F811
     "The head of one of two runs is broken: the other answers, the log names the failure. Alone it is an error, but not in a scored run."
     import shutil
     shutil.copytree(joint.path, tmp_path/'broken')
@@ -143,10 +157,11 @@ def test_a_model_that_fails_costs_its_rows_only_the_fallback(world, finished, jo
     found = read_json(tmp_path/'out'/'summary.json')
     assert found['answered'][str(finished.path)] == [0, 20] and found['answered'][str(tmp_path/'broken')] == [20, 0, 0]
     assert 'head.safetensors: cannot be read' in found['failed'][str(tmp_path/'broken')] and 'head.safetensors' in capsys.readouterr().out
-    with pytest.raises((UserError, RuntimeError), match='no model answered'): submit([tmp_path/'broken'], world/'test.csv', tmp_path/'alone', sample=world/'sample_submission.csv')
-    os.environ['KAGGLE_IS_COMPETITION_RERUN'] = '1'
-    try: assert len(submit([tmp_path/'broken'], world/'test.csv', tmp_path/'scored', sample=world/'sample_submission.csv')) == 20
-    finally: del os.environ['KAGGLE_IS_COMPETITION_RERUN']
+    write_json(tmp_path/'out'/'summary.json', found | dict(answered={'run': [20, 0]}))   # … had it been alone
+    end = partial(report, tmp_path/'out', dict(submission=str(tmp_path/'out'/'submission.csv')), 0, '')
+    with pytest.raises(UserError, match='no model answered.*head.safetensors'): end()
+    monkeypatch.setenv('KAGGLE_IS_COMPETITION_RERUN', '1')
+    assert len(end()) == 20
 
 
 def test_mistakes_are_said_before_anything_is_written(world, finished, tmp_path):   # noqa: F811
@@ -165,7 +180,7 @@ def command(run, test_csv, sample, out, code='submit(sys.argv[1], sys.argv[2], s
 @pytest.fixture(scope='session')
 def large(tmp_path_factory):
     "A test file that takes a while."
-    return write_sample(tmp_path_factory.mktemp('large'), n_train=20, n_test=1500)
+    return write_sample(tmp_path_factory.mktemp('large'), n_train=20, n_test=700)
 
 
 def until_answers(out, process):
@@ -187,18 +202,18 @@ def test_sigterm_publishes_and_sigkill_loses_at_most_what_was_not_published(worl
     until_answers(out, process)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
-    assert process.returncode == 0 and check_submission(out/'submission.csv', LMSYS, sample) == 1500
-    first = answered(out, 1500)
+    assert process.returncode == 0 and check_submission(out/'submission.csv', LMSYS, sample) == 700
+    first = answered(out, 700)
     process = command(finished.path, large['test.csv'], sample, out)
     time.sleep(.5)
     began = time.monotonic()
-    while process.poll() is None and answered(out, 1500) <= first and time.monotonic() - began < 120: time.sleep(.02)
+    while process.poll() is None and answered(out, 700) <= first and time.monotonic() - began < 120: time.sleep(.02)
     for p in [*psutil.Process(process.pid).children(recursive=True), process] if process.poll() is None else []: p.kill()
     process.communicate()
-    assert check_submission(out/'submission.csv', LMSYS, sample) == 1500 and answered(out, 1500) >= first
+    assert check_submission(out/'submission.csv', LMSYS, sample) == 700 and answered(out, 700) >= first
     done = command(finished.path, large['test.csv'], sample, out)
     text = done.communicate(timeout=300)[0]
-    assert done.returncode == 0 and 'earlier answers' in text and answered(out, 1500) == 1500
+    assert done.returncode == 0 and 'earlier answers' in text and answered(out, 700) == 700
     whole = infer(finished.path, large['test.csv'], tmp_path/'whole')
     np.testing.assert_allclose(probabilities(pd.read_parquet(out/'predictions.parquet')), probabilities(whole), atol=1e-4)
 
@@ -210,7 +225,7 @@ def test_a_killed_worker_is_replaced(world, finished, large, tmp_path):   # noqa
     workers = [p for p in child.children() if 'spawn_main' in ' '.join(p.cmdline())]
     if workers: workers[-1].kill()
     text = process.communicate(timeout=300)[0]
-    assert process.returncode == 0 and answered(tmp_path/'out', 1500) == 1500 and (not workers or 'it starts again' in text)
+    assert process.returncode == 0 and answered(tmp_path/'out', 700) == 700 and (not workers or 'it starts again' in text)
 
 
 def test_the_second_of_two_starts_is_refused(world, finished, tmp_path):   # noqa: F811

@@ -6,7 +6,7 @@
 __all__ = ['Evidence', 'current', 'floor_submission', 'Answers', 'Publisher', 'run_pass', 'answer', 'summary', 'start_jobs',
            'work', 'submit', 'report']
 
-# %% ../../nbs/08a_submit.ipynb #7319718c
+# %% ../../nbs/08a_submit.ipynb #8ab56dba
 import math, os, signal, sys, time
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .blend import Blend, gather_oof, row_log_loss, write_submission
-from .core import RunFolder, UserError, atomic_path, coerce, fingerprint, on_kaggle, quiet, read_json, read_table, sweep, write_json
+from .core import RunFolder, UserError, atomic_path, coerce, file_hash, fingerprint, on_kaggle, quiet, read_json, read_table, sweep, write_json
 from .data import data_hash
 from .floors import FLOORS
 from .infer import InferConfig, Job, check_run, devices_of, merged_base, read_test
@@ -26,7 +26,7 @@ from .schedule import RANKINGS, best_ranking, compare_rankings, doubt, order_pas
 from .session import Clock, locked, span
 from .workers import Workers
 
-# %% ../../nbs/08a_submit.ipynb #25a6349f
+# %% ../../nbs/08a_submit.ipynb #442d2cae
 class Evidence:
     "Held-out predictions of `runs`: blends for every state of a row, and the order of the passes. Without held-out rows all models count alike."
     def __init__(self, runs, with_floors=True):
@@ -76,7 +76,7 @@ class Evidence:
             done.append((m, k))
         return out + rest, said
 
-# %% ../../nbs/08a_submit.ipynb #1734ee29
+# %% ../../nbs/08a_submit.ipynb #eccb6cee
 def current(jobs, evidence):
     "Blended probabilities (n, C) of what has been answered so far."
     found = [(evidence.by_path[j.run.path], j.predicted()) for j in jobs]
@@ -103,7 +103,8 @@ class Answers:
     "The logits of all jobs on disk, so that a second start goes on; they belong to one set of runs, rows and settings."
     def __init__(self, path, jobs):
         shown = lambda j: {k: v for k, v in asdict(j.cfg).items() if k not in ('processes', 'batch_tokens', 'base')}
-        self.path, self.jobs, self.key = Path(path), jobs, fingerprint(data_hash(jobs[0].df), [[j.config['base_hash'], j.config['template_hash'], j.config['train'], shown(j)] for j in jobs])
+        made = lambda j: [j.config['base_hash'], j.config['template_hash'], *(file_hash(f) for f in sorted(j.run.adapter.glob('*.safetensors')))]
+        self.path, self.jobs, self.key = Path(path), jobs, fingerprint(data_hash(jobs[0].df), [[made(j), shown(j)] for j in jobs])
 
     def save(self):
         with atomic_path(self.path) as tmp, open(tmp, 'wb') as f: np.savez(f, key=self.key, **{str(i): j.logits for i, j in enumerate(self.jobs)})
@@ -118,7 +119,7 @@ class Answers:
         except FileNotFoundError: pass
         except Exception as e: print(f'{self.path}: cannot be read ({str(e).splitlines()[0]}); every row is answered anew', flush=True)
 
-# %% ../../nbs/08a_submit.ipynb #109f0bcf
+# %% ../../nbs/08a_submit.ipynb #d95df377
 class Publisher:
     "Writes submission, predictions and answers, atomically, at most once in `every` seconds unless told."
     def __init__(self, jobs, evidence, answers, out, submission, sample, every=60.):
@@ -128,13 +129,18 @@ class Publisher:
     def folder(self, job): return self.out if len(self.jobs) == 1 else self.out/f'{self.jobs.index(job)}-{job.run.path.name}'
 
     def now(self):
+        "Publish; a disk that is full costs this version, the one before stands."
         began = time.monotonic()
+        try: self._write()
+        except OSError as e: print(f'warning: not published ({e}); the version before stands', flush=True)
+        self.last = time.monotonic()
+        self.took = max(self.took, self.last - began)
+
+    def _write(self):
         write_submission(self.submission, self.jobs[0].df['id'].tolist(), current(self.jobs, self.evidence), self.jobs[0].comp, self.sample)
         self.answers.save()
         for job in self.jobs: job.write(self.folder(job))
         write_json(self.out/'summary.json', summary(self.jobs))
-        self.last = time.monotonic()
-        self.took = max(self.took, self.last - began)
 
     def maybe(self):
         if time.monotonic() - self.last > max(self.every, 20*self.took): self.now()
@@ -144,6 +150,7 @@ def run_pass(job, orders, ranking, workers, publisher, end):
     unsure = doubt(current(publisher.jobs, publisher.evidence))
     priority = None if end == math.inf else RANKINGS[ranking](job.source.tokens_of(orders), unsure)
     parts, costs = job.parts(orders, priority)
+    if priority is not None: print(f'{sum(costs):,} tokens to go, {span(end - time.monotonic())} left', flush=True)
     with progress(sum(len(rows) for rows, _ in parts), f'{job.run.path.name}, order {job.orders.index(orders[-1]) + 1}') as bar:
         def done(i, result):
             job.take(parts[i], result)
@@ -164,7 +171,7 @@ def answer(jobs, evidence, publisher, clock):
         job = passes[0][0]
         mine = [p for p in passes if p[0] is job][:next((i for i, p in enumerate(passes) if p[0] is not job), len(passes))]   # as long as the model stays the same, it stays loaded
         passes = passes[len(mine):]
-        if job.failed or 1.5*loading > left(): continue
+        if job.failed or 1.5*loading > left() or not np.isnan(job.logits).any(): continue
         try:
             with merged_base(job.open(), publisher.out) as merged, Workers(job.start(merged), devices_of(job.cfg)) as workers:
                 for _, orders, ranking in mine:
@@ -237,6 +244,6 @@ def report(out, settings, code, tail):
         print(f'warning: {why}', flush=True)
     return pd.read_csv(settings['submission'])
 
-# %% ../../nbs/08a_submit.ipynb #28ca6c09
+# %% ../../nbs/08a_submit.ipynb #2d016c9d
 #| eval: false
 if __name__ == '__main__' and '__file__' in globals(): run_worker(lambda _: work(Path(sys.argv[1]), float(sys.argv[2])), None)
