@@ -87,6 +87,7 @@ def steps_redone(out):
     "Steps that were logged and are not in the newest checkpoint."
     from underdog.checkpoint import Checkpoints
     from underdog.core import RunFolder
+    if (out/'adapter').exists(): return 0   # done, but for the last words
     metrics, kept = RunFolder(out).metrics(), Checkpoints(out/'checkpoint').steps()
     return int(metrics['step'].max() if 'step' in metrics else 0) - (kept[0] if kept else 0)
 

@@ -7,7 +7,7 @@ __all__ = ['offsets', 'start_head', 'oof_table', 'score_table', 'load_tokens', '
            'same_everywhere', 'padding_warning', 'gpu_count', 'launch', 'forwarding', 'run_worker', 'finish',
            'session_clock', 'train']
 
-# %% ../../nbs/06c_launch.ipynb #9a2b95de
+# %% ../../nbs/06c_launch.ipynb #e2eb16e0
 import math, os, re, signal, subprocess, sys, threading, time, traceback
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +32,7 @@ from .session import Clock, Session, locked, span
 from .source import RowSource, present
 from .train import FitData, TrainConfig, Training, fit, rehearse
 
-# %% ../../nbs/06c_launch.ipynb #e57ae1e4
+# %% ../../nbs/06c_launch.ipynb #f4b382cc
 def offsets(table, comp, cfg, best):
     "Log-probabilities (n, C) that training starts from, or None."
     return np.log(table[columns(f'floor_{best}', comp)].to_numpy()) if cfg.start == 'floors' else None
@@ -135,6 +135,7 @@ def work(run, end=math.inf, save_every=900.):
         if not why: save_adapter(model, run.adapter)
         kept = checkpoints.steps()
         run.set_status('paused' if why else 'finished', (kept[0] if kept else 0) if why else training.at.step, len(training.plan), why, training.at.elapsed_s)
+        for step in [] if why else kept: checkpoints.drop(step)   # a finished run travels light
     accelerator.end_training()
 
 def outlook(training, speed, clock):
@@ -171,7 +172,7 @@ def _sizes(model, data):
     return (f'{trained:,} of {total:,} parameters are trained, head from {model.head_source}; {len(data.train):,} rows to train on, {len(data.held):,} held out, '
             f'{data.source.lengths.mean():,.0f} tokens a row')
 
-# %% ../../nbs/06c_launch.ipynb #b0bcad23
+# %% ../../nbs/06c_launch.ipynb #c6f1d8b9
 def gpu_count():
     import torch
     return torch.cuda.device_count()
@@ -263,12 +264,13 @@ def train(run, train_csv, model, prompt=None, cfg=TrainConfig(), competition=Non
         sweep(run)
         run = prepare(run, described, resume_from, restart)
         if run.adapter.exists():
+            if run.status['state'] != 'finished': run.set_status('finished', run.status['of'], run.status['of'], elapsed_s=run.status['elapsed_s'])   # killed in its last moment
             print(f'{run.path}: this run is finished; restart=True trains it again', flush=True)
             return run
         (run.path/'stop').unlink(missing_ok=True)
         run.set_status('running', *(run.status.get(k, 0) for k in ('step', 'of')))
         return finish(run, *launch('underdog.launch', [run.path, clock.end, 60*save_minutes], run.path/'train.log', processes, machines, rendezvous, run.path/'stop', (lock,)))
 
-# %% ../../nbs/06c_launch.ipynb #59bf44ed
+# %% ../../nbs/06c_launch.ipynb #ca7ff21c
 #| eval: false
 if __name__ == '__main__' and '__file__' in globals(): run_worker(work, RunFolder(Path(sys.argv[1])), *map(float, sys.argv[2:]))
