@@ -187,12 +187,28 @@ def test_other_settings_in_the_same_folder_are_refused_and_restart_clears(world,
     assert not (tmp_path/'new').exists() or not (tmp_path/'new'/'config.json').exists()
     run = small_run(world, tmp_path/'run', lr=2e-2, session=dict(restart=True))
     assert run.status['state'] == 'finished' and 'going on' not in (run.path/'train.log').read_text().split('process(es)')[-1]
+    paused = small_run(world, tmp_path/'paused', lr=3e-2, session=dict(time_limit=1e-6))
+    run = small_run(world, tmp_path/'run', lr=3e-2, session=dict(restart=True, resume_from=str(paused.path), time_limit=1e-6))
+    assert run.status['state'] == 'paused' and not run.adapter.exists()   # nothing of the finished run is taken for this one's
 
 
 def test_speed_settings_are_not_another_run(world):   # noqa: F811
     config = dict(train={'lr': 1., 'batch_tokens': 1}, model={'path': 'a', 'rank': 1}, template_hash='t', tokenizer_hash='t', base_hash='b', competition='c', data=dict(hash='d'))
     assert differences(config, config | dict(train={'lr': 1., 'batch_tokens': 2}, model={'path': 'b', 'rank': 1})) == []
     assert differences(config, config | dict(train={'lr': 2., 'batch_tokens': 1}, base_hash='x')) == ['base_hash', 'lr']
+    seeds = lambda train, model: config | dict(train={'seed': train}, model={'seed': model})
+    assert differences(seeds(0, 0), seeds(1, 0)) == ['seed'] and differences(seeds(0, 0), seeds(0, 1)) == ['model.seed']
+
+
+def test_a_resumed_run_keeps_the_halved_budget_unless_another_is_asked_for(world):   # noqa: F811
+    first = beginner(world)()
+    first.at.budget = 100   # memory ran out at 256
+    again, larger, smaller = beginner(world)(), beginner(world, batch_tokens=512)(), beginner(world)()
+    again.load(first.state())
+    larger.load(first.state())
+    smaller.at.budget = 50   # what the rehearsal found on a smaller card
+    smaller.load(first.state())
+    assert (again.at.budget, larger.at.budget, smaller.at.budget) == (100, 512, 50)
 
 
 # ---- checkpoints

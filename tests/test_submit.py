@@ -1,4 +1,5 @@
 "The scored run: valid from the first seconds, better as models answer, on time, and whole after whatever dies."
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from test_pipeline import finished, probabilities, small_run, world   # noqa: F401 (fixtures)
 
 from underdog import schedule
@@ -241,3 +244,11 @@ def test_runs_without_held_out_rows_count_alike(world, finished, tmp_path):   # 
     run = RunFolder.open(tmp_path/'run')
     evidence = Evidence([run])
     assert list(evidence.blend({str(Path(run.path)): 1}).weights.values()) == [1.] and evidence.plan(jobs_of(world, run)[0])[0][0][2] == 'shortest first'
+
+
+def test_logits_that_are_not_finite_are_not_passed_off_as_answers(world, finished, tmp_path):   # noqa: F811
+    broken = tmp_path/'run'
+    shutil.copytree(finished.path, broken)
+    for f in broken.glob('adapter/*.safetensors'): save_file({k: torch.full_like(v, float('nan')) for k, v in load_file(f).items()}, f)
+    with pytest.raises(UserError, match='20 of 20 rows got no finite logits'): infer(broken, world/'test.csv', tmp_path/'pred')
+    assert not (tmp_path/'pred'/'predictions.parquet').exists()

@@ -6,7 +6,7 @@
 __all__ = ['InferConfig', 'check_run', 'read_test', 'prediction_table', 'Job', 'start_worker', 'devices_of', 'merged_base',
            'predict_parts', 'work', 'infer']
 
-# %% ../../nbs/07_infer.ipynb #9c20e485
+# %% ../../nbs/07_infer.ipynb #861be0d8
 import sys, tempfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +30,7 @@ from .predict import orders_of, part_logits, progress, softmax
 from .prepare import columns
 from .workers import Workers
 
-# %% ../../nbs/07_infer.ipynb #a94471e0
+# %% ../../nbs/07_infer.ipynb #216a3724
 @dataclass(frozen=True)
 class InferConfig:
     "Settings of one inference."
@@ -69,7 +69,7 @@ def check_run(run, cfg):
                         f"use the library of the run (build {config.get('build_id')}) and its tokenizer")
     return prompter
 
-# %% ../../nbs/07_infer.ipynb #ab473687
+# %% ../../nbs/07_infer.ipynb #3808f243
 def read_test(run, test_csv):
     "(rows, competition) of a test file for this run."
     comp = get_competition(run.config['competition'])
@@ -115,7 +115,7 @@ class Job:
     def take(self, part, result):
         "Keep the logits (orders, rows, C) of a part."
         rows, orders = part
-        self.logits[np.ix_([self.orders.index(o) for o in orders], rows)] = result
+        self.logits[np.ix_([self.orders.index(o) for o in orders], rows)] = np.where(np.isfinite(result), result, np.nan)   # overflow is no answer
 
     def start(self, merged=None):
         "What a worker starts with."
@@ -168,6 +168,7 @@ def work(run, test_csv, out):
             job.take(parts[i], result)
             bar.update(len(parts[i][0]))
         predict_parts(parts, job.start(merged), devices_of(job.cfg), done)
+    if bad := int(np.isnan(job.logits).any((0, 2)).sum()): raise UserError(f'{bad} of {len(job.df)} rows got no finite logits: half precision does not hold them; set dtype=float32 (bfloat16 from an A100 on)')
     job.write(out)
 
 def infer(run, test_csv, out, cfg=InferConfig()):
@@ -178,10 +179,10 @@ def infer(run, test_csv, out, cfg=InferConfig()):
     out.mkdir(parents=True, exist_ok=True)
     write_json(out/'infer.json', asdict(cfg))
     code, tail = launch('underdog.infer', [run.path, test_csv, out], out/'infer.log', processes=1)   # it starts its own workers
-    if code: raise RuntimeError(f'inference with {run.path} ended with code {code}; the end of its log:\n{tail}')
+    if code: raise (RuntimeError if 'Traceback' in tail else UserError)(f'inference with {run.path} ended with code {code}; the end of its log:\n{tail}')
     return pd.read_parquet(out/'predictions.parquet')
 
-# %% ../../nbs/07_infer.ipynb #2c4658a4
+# %% ../../nbs/07_infer.ipynb #6d7968db
 #| eval: false
 if __name__ == '__main__' and '__file__' in globals():
     run_worker(lambda _: work(RunFolder.open(sys.argv[1]), sys.argv[2], Path(sys.argv[3])), None)

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['offsets', 'start_head', 'oof_table', 'score_table', 'load_tokens', 'start', 'go_on', 'work', 'outlook',
-           'same_everywhere', 'padding_warning', 'gpu_count', 'launch', 'forwarding', 'run_worker', 'finish',
-           'session_clock', 'train']
+           'same_everywhere', 'padding_warning', 'gpu_count', 'launch', 'forwarding', 'run_worker', 'finish', 'train']
 
-# %% ../../nbs/06c_launch.ipynb #e2eb16e0
+# %% ../../nbs/06c_launch.ipynb #8192014b
 import math, os, re, signal, subprocess, sys, threading, time, traceback
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from .adapter import save_adapter
 from .batch import padding_report, plan_batches
 from .checkpoint import Checkpoints
 from .competition import get_competition
-from .core import RunFolder, UserError, atomic_path, coerce, on_kaggle, pick_dtype, quiet, resolve_input, seed_everything, sweep
+from .core import RunFolder, UserError, atomic_path, coerce, pick_dtype, quiet, resolve_input, seed_everything, sweep
 from .floors import FLOORS
 from .health import Health, check_spread
 from .memory import free_bytes, plan_memory
@@ -32,7 +31,7 @@ from .session import Clock, Session, locked, span
 from .source import RowSource, present
 from .train import FitData, TrainConfig, Training, fit, rehearse
 
-# %% ../../nbs/06c_launch.ipynb #f4b382cc
+# %% ../../nbs/06c_launch.ipynb #4059f3bc
 def offsets(table, comp, cfg, best):
     "Log-probabilities (n, C) that training starts from, or None."
     return np.log(table[columns(f'floor_{best}', comp)].to_numpy()) if cfg.start == 'floors' else None
@@ -172,7 +171,7 @@ def _sizes(model, data):
     return (f'{trained:,} of {total:,} parameters are trained, head from {model.head_source}; {len(data.train):,} rows to train on, {len(data.held):,} held out, '
             f'{data.source.lengths.mean():,.0f} tokens a row')
 
-# %% ../../nbs/06c_launch.ipynb #c6f1d8b9
+# %% ../../nbs/06c_launch.ipynb #1b7dd74c
 def gpu_count():
     import torch
     return torch.cuda.device_count()
@@ -247,18 +246,14 @@ def finish(run, code, tail):
     if status['state'] != 'failed': run.set_status('failed', status['step'], status['of'], f'the worker ended with code {code}', status['elapsed_s'])
     raise RuntimeError(f'training in {run.path} ended with code {code}; the end of its log:\n{tail}')
 
-def session_clock(time_limit, began=None):
-    "The `Clock` of `time_limit` hours since `began` (a time.monotonic): -1 is 11.5 on Kaggle, whose sessions last 12, and no limit elsewhere; 0 is no limit."
-    return Clock.hours((11.5 if on_kaggle() else 0.) if time_limit == -1 else time_limit, began)
-
 def train(run, train_csv, model, prompt=None, cfg=TrainConfig(), competition=None, processes=0, machines=1, rendezvous='', time_limit=-1., began=None, save_minutes=15., resume_from='', restart=False):
     """Train on `train_csv` and write the run folder `run`, or go on with the unfinished run in it; returns the `RunFolder`, finished or paused.
 
-    `processes` 0: one per GPU, or one on a CPU. On several `machines` the same command runs on each, with the same `rendezvous` (host:port of one of them), and each writes the same run folder. `time_limit`: see `session_clock`; a checkpoint
-    every `save_minutes`. `resume_from`: a run folder to go on from, which may be read-only; `restart`: throw away what `run` holds."""
+    `processes` 0: one per GPU, or one on a CPU. On several `machines` the same command runs on each, with the same `rendezvous` (host:port of one of them), and each writes the same run folder. `time_limit` in hours since `began` (a
+    time.monotonic): -1 is 11.5 on Kaggle, whose sessions last 12, and no limit elsewhere; 0 is no limit; a checkpoint every `save_minutes`. `resume_from`: a run folder to go on from, which may be read-only; `restart`: throw away what `run` holds."""
     if machines < 1 or (machines > 1 and not re.fullmatch(r'\S+:\d+', rendezvous)): raise UserError(f"machines={machines}, rendezvous={rendezvous!r}: for several machines give host:port of one of them, such as '10.0.0.5:29500'")
     if save_minutes <= 0: raise UserError(f'save_minutes={save_minutes}: minutes between checkpoints, above 0')
-    clock, described = session_clock(time_limit, began), describe(train_csv, model, prompt or PromptConfig(tokenizer=model.path, head=model.head), cfg, competition)
+    clock, described = Clock.session(time_limit, 11.5, began), describe(train_csv, model, prompt or PromptConfig(tokenizer=model.path, head=model.head), cfg, competition)
     if resume_from: resolve_input(resume_from)
     with locked(run) as lock:
         sweep(run)
@@ -271,6 +266,6 @@ def train(run, train_csv, model, prompt=None, cfg=TrainConfig(), competition=Non
         run.set_status('running', *(run.status.get(k, 0) for k in ('step', 'of')))
         return finish(run, *launch('underdog.launch', [run.path, clock.end, 60*save_minutes], run.path/'train.log', processes, machines, rendezvous, run.path/'stop', (lock,)))
 
-# %% ../../nbs/06c_launch.ipynb #ca7ff21c
+# %% ../../nbs/06c_launch.ipynb #629581d2
 #| eval: false
 if __name__ == '__main__' and '__file__' in globals(): run_worker(work, RunFolder(Path(sys.argv[1])), *map(float, sys.argv[2:]))

@@ -6,7 +6,7 @@
 __all__ = ['FREE', 'LOOSE', 'describe', 'identity', 'differences', 'columns', 'row_table', 'kept_row_table', 'find_earlier',
            'copy_run', 'prepare', 'check_rows']
 
-# %% ../../nbs/06b_prepare.ipynb #b623b506
+# %% ../../nbs/06b_prepare.ipynb #4fed3f50
 import json, shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from .model import base_hash, compute_dtype
 from .prompt import COLUMNS, Prompter, tokenize_rows
 from .train import TrainConfig
 
-# %% ../../nbs/06b_prepare.ipynb #8febbe79
+# %% ../../nbs/06b_prepare.ipynb #14a6dc2d
 FREE = ('batch_tokens', 'checkpointing', 'activation_gb', 'log_every')      # may differ: they change speed, not results
 LOOSE = ('lr', 'head_lr', 'weight_decay', 'max_grad_norm')                   # may differ where a person asks to go on
 
@@ -41,15 +41,15 @@ def describe(train_csv, model, prompt, cfg=TrainConfig(), competition=None):
 
 def identity(config):
     "{setting: value} of what makes a run what it is."
-    part = lambda name, without: {k: v for k, v in config.get(name, {}).items() if k not in without}
-    return part('train', FREE) | part('model', ('path',)) | {k: config.get(k) for k in ('competition', 'template_hash', 'tokenizer_hash', 'base_hash')} | {'data': config.get('data', {}).get('hash')}
+    part = lambda name, without, prefix='': {prefix + k: v for k, v in config.get(name, {}).items() if k not in without}
+    return part('train', FREE) | part('model', ('path',), 'model.') | {k: config.get(k) for k in ('competition', 'template_hash', 'tokenizer_hash', 'base_hash')} | {'data': config.get('data', {}).get('hash')}
 
 def differences(one, other):
     "Names of the settings in which two configs are not the same run."
     a, b = identity(one), identity(other)
     return sorted(k for k in a | b if a.get(k) != b.get(k))
 
-# %% ../../nbs/06b_prepare.ipynb #109b0a1b
+# %% ../../nbs/06b_prepare.ipynb #549b919a
 def columns(prefix, comp): return [f'{prefix}_{c}' for c in comp.classes]
 
 def row_table(df, comp, cfg):
@@ -80,7 +80,7 @@ def kept_row_table(df, comp, cfg, folder):
     write_json(kept/'best.json', dict(best=best))
     return table, floors, best
 
-# %% ../../nbs/06b_prepare.ipynb #abc51f38
+# %% ../../nbs/06b_prepare.ipynb #ab1da848
 def find_earlier(path, config, resume_from='', restart=False):
     "The run folder to go on from, or None for a new run; `UserError` when there is another run in the way."
     here = RunFolder(Path(path))
@@ -97,8 +97,8 @@ def find_earlier(path, config, resume_from='', restart=False):
 def _listed(names): return ', '.join(names[:6]) + (' …' if len(names) > 6 else '')
 
 def copy_run(source, target):
-    "Copy what a run needs to go on to the folder `target`; contents only, as a mounted source is read-only."
-    shutil.rmtree(Path(target)/'checkpoint', ignore_errors=True)
+    "Make the folder `target` a copy of what a run needs to go on; contents only, as a mounted source is read-only."
+    RunFolder.clear(target)
     for f in sorted(source.path.rglob('*')):
         name = f.relative_to(source.path)
         if not f.is_file() or name.parts[0].startswith('.') or name.parts[0] not in ('checkpoint', 'adapter', 'floors', 'rows.parquet', 'check.parquet', 'metrics.jsonl', 'oof.parquet', 'status.json'): continue

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['Clock', 'span', 'Session', 'locked']
 
-# %% ../../nbs/00a_session.ipynb #76d7c408
+# %% ../../nbs/00a_session.ipynb #c5f77b35
 import math, os, signal, threading, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .core import UserError
+from .core import UserError, on_kaggle
 
-# %% ../../nbs/00a_session.ipynb #8d046ab8
+# %% ../../nbs/00a_session.ipynb #1951790e
 @dataclass(frozen=True)
 class Clock:
     "The end of a session as a `time.monotonic` of this machine; infinite without a limit."
@@ -25,18 +25,23 @@ class Clock:
         if not 0 <= limit < math.inf: raise UserError(f'time_limit={limit}: hours, or 0 for no limit')
         return cls((time.monotonic() if since is None else since) + 3600*limit if limit else math.inf)
 
+    @classmethod
+    def session(cls, limit, kaggle, since=None):
+        "As `hours`, but -1 is what suits the place: `kaggle` hours there, no limit elsewhere."
+        return cls.hours((kaggle if on_kaggle() else 0.) if limit == -1 else limit, since)
+
     @property
     def left(self):
         "Seconds until the end."
         return self.end - time.monotonic()
 
-# %% ../../nbs/00a_session.ipynb #65e205b9
+# %% ../../nbs/00a_session.ipynb #15f468d2
 def span(seconds):
     "`seconds` as a person says them."
     unit, name = next((u, n) for u, n in ((3600, 'h'), (60, 'min'), (1, 's')) if seconds >= u or u == 1)
     return f'{max(0., seconds)/unit:.2g} {name}'
 
-# %% ../../nbs/00a_session.ipynb #5eefe11c
+# %% ../../nbs/00a_session.ipynb #9108afd0
 @dataclass
 class Session:
     "What a loop asks between two steps: is it time to save, is it time to stop? `stop_file` may not exist yet; `save_every` is in seconds."
@@ -79,7 +84,7 @@ def _alive(pid):
     except PermissionError: pass
     return True
 
-# %% ../../nbs/00a_session.ipynb #9a09623a
+# %% ../../nbs/00a_session.ipynb #d33b561f
 @contextmanager
 def locked(folder):
     "Hold `folder` (made if missing) for this process and for subprocesses that are given the yielded descriptor; `UserError` while another holds it."

@@ -7,7 +7,7 @@ __all__ = ['SCALAR_RATE', 'TrainConfig', 'lr_factor', 'row_order', 'split_steps'
            'fitting', 'train_step', 'make_optimizer', 'set_lr', 'FitData', 'evaluation_steps', 'Progress', 'Training',
            'longest', 'rehearse', 'fit']
 
-# %% ../../nbs/06_train.ipynb #f1bc0709
+# %% ../../nbs/06_train.ipynb #b570e176
 import copy, math, time
 from collections import deque
 from dataclasses import asdict, dataclass, field
@@ -23,7 +23,7 @@ from .predict import orders_of, predict_logits, progress
 from .session import Session
 from .source import RowSource, present, rank_share
 
-# %% ../../nbs/06_train.ipynb #a0ae81e5
+# %% ../../nbs/06_train.ipynb #e35d0a8a
 @dataclass(frozen=True)
 class TrainConfig:
     "Settings of one training run; checks its values and says how to mend them."
@@ -60,14 +60,14 @@ class TrainConfig:
         if self.n_folds < 2: raise UserError(f'n_folds={self.n_folds}: at least 2, so that rows can be held out')
         if not -1 <= self.fold < self.n_folds: raise UserError(f'fold={self.fold}: -1 (train on all rows) or 0 to {self.n_folds - 1}')
 
-# %% ../../nbs/06_train.ipynb #fb227269
+# %% ../../nbs/06_train.ipynb #76802e4d
 def lr_factor(step, steps, warmup=0.1):
     "Share of the peak learning rate at `step` (0-based) of `steps`: linear warm-up, then cosine to 0 (Loshchilov & Hutter 2017)."
     rising = max(1, round(steps*warmup))
     if step < rising: return (step + 1)/rising
     return 0.5*(1 + math.cos(math.pi*(step - rising)/max(1, steps - rising)))
 
-# %% ../../nbs/06_train.ipynb #2d58ad3a
+# %% ../../nbs/06_train.ipynb #333298c4
 def row_order(n, epochs, seed):
     "`round(n*epochs)` row positions: one seeded permutation after the other."
     rng = np.random.default_rng(seed)
@@ -77,13 +77,13 @@ def split_steps(order, batch_rows):
     "Consecutive slices of `batch_rows` rows; the last one may be shorter."
     return [order[i:i + batch_rows] for i in range(0, len(order), batch_rows)]
 
-# %% ../../nbs/06_train.ipynb #605e3a8d
+# %% ../../nbs/06_train.ipynb #b1361c07
 def row_losses(logits, y, offset=None):
     "Cross-entropy per row, in nats: `logits` (B,C), `y` (B,C) probabilities, `offset` (B,C) log-probabilities or None."
     if offset is not None: logits = logits + offset
     return -(y*F.log_softmax(logits.float(), -1)).sum(-1)
 
-# %% ../../nbs/06_train.ipynb #8d0b35ee
+# %% ../../nbs/06_train.ipynb #29356af0
 def sum_gradients(params, accelerator):
     "Replace each gradient by its sum over all processes, in one message."
     if accelerator.num_processes == 1: return
@@ -129,7 +129,7 @@ def train_step(model, source, shown, y, offset, optimizer, accelerator, cfg, wei
     optimizer.zero_grad()
     return dict(loss=loss, tokens=tokens, busy=busy, budget=budget, skipped=not math.isfinite(norm), grad_norm=norm, adapter_norm=norms['adapter'], head_norm=norms['head'])
 
-# %% ../../nbs/06_train.ipynb #ec8d6183
+# %% ../../nbs/06_train.ipynb #eaf343c5
 SCALAR_RATE = 10   # learning rate of the head's scalars over that of its weights
 
 def make_optimizer(model, cfg):
@@ -146,7 +146,7 @@ def make_optimizer(model, cfg):
 def set_lr(optimizer, factor):
     for g in optimizer.param_groups: g['lr'] = g['peak']*factor
 
-# %% ../../nbs/06_train.ipynb #36ebf14c
+# %% ../../nbs/06_train.ipynb #d5a50dcb
 @dataclass
 class FitData:
     "Rows for one run: `source`, labels `y` (n,C), `offset` (n,C) log-probabilities or None, row positions `train` and `held`."
@@ -189,16 +189,17 @@ class Training:
         "What `load` needs to go on: progress, trained weights, Adam's moments, the loss scale."
         scaler = self.accelerator.scaler
         return dict(progress=asdict(self.at), weights={n: p.detach() for n, p in self.trained().items()}, optimizer=self.optimizer.state_dict()['state'],
-                    scaler=None if scaler is None else scaler.state_dict(), processes=self.world)
+                    scaler=None if scaler is None else scaler.state_dict(), processes=self.world, batch_tokens=self.cfg.batch_tokens)
 
     def load(self, state):
-        "Go on from `state`; the settings of the optimizer are those of `cfg`."
+        "Go on from `state`; the settings of the optimizer are those of `cfg`, and so is the token budget where a person has changed it."
         mine, saved = self.trained(), state['weights']
         if {n: p.shape for n, p in mine.items()} != {n: p.shape for n, p in saved.items()}: raise UserError('the checkpoint is of another model: it trains other weights')
         for n, p in mine.items(): p.data.copy_(saved[n])
         self.optimizer.load_state_dict(dict(self.optimizer.state_dict(), state=state['optimizer']))
         if self.accelerator.scaler is not None and state['scaler']: self.accelerator.scaler.load_state_dict(state['scaler'])
-        self.at = Progress(**state['progress'])
+        budget, self.at = self.at.budget, Progress(**state['progress'])
+        self.at.budget = min(budget, self.at.budget) if state['batch_tokens'] == self.cfg.batch_tokens else budget
 
     def make_step(self, step, rows):
         "The numbers of an optimizer step on `rows`, as step number `step`, without counting it; adds prior_loss, rows and seconds."
@@ -233,7 +234,7 @@ class Training:
     @property
     def done(self): return self.at.step == len(self.plan) and self.at.evaluated
 
-# %% ../../nbs/06_train.ipynb #6c145f99
+# %% ../../nbs/06_train.ipynb #55244c49
 def longest(source, rows, budget, orders=(False,)):
     "The longest of `rows` that together just fill `budget` tokens; at least one."
     lengths = source.tokens_of(orders)[rows]
@@ -253,7 +254,7 @@ def rehearse(training):
     t.evaluation_s = source.tokens_of(orders)[t.data.held].sum()/(m['tokens']/m['seconds'])/2   # a forward pass alone is a third of a step
     return m['tokens']/m['seconds']
 
-# %% ../../nbs/06_train.ipynb #01175c1b
+# %% ../../nbs/06_train.ipynb #24b0b43d
 def fit(training, log=lambda **m: None, evaluate=lambda step: {}, session=None, save=lambda: None, look=lambda **m: None):
     """Train to the end, or until `session` says stop: returns '' or the reason.
 
