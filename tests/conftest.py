@@ -1,3 +1,4 @@
+import importlib.util
 import os
 from pathlib import Path
 
@@ -9,6 +10,12 @@ os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 settings.register_profile('busy', deadline=None, suppress_health_check=[HealthCheck.too_slow])   # laws hold on a busy machine too
 settings.load_profile('busy')
 REPO = Path(__file__).resolve().parents[1]
+OFFLINE = REPO/'tests'/'offline'
+
+# no test reaches another machine: neither this process nor one that it starts
+os.environ['PYTHONPATH'] = os.pathsep.join([str(OFFLINE), os.environ.get('PYTHONPATH', '')])
+_spec = importlib.util.spec_from_file_location('offline', OFFLINE/'sitecustomize.py')
+_spec.loader.exec_module(importlib.util.module_from_spec(_spec))
 
 
 @pytest.fixture(scope='session')

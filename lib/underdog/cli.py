@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'Csv', 'Comp', 'check', 'floors', 'show', 'run', 'doctor', 'submission', 'demo', 'main']
 
-# %% ../../nbs/13_cli.ipynb #2959fa92
+# %% ../../nbs/13_cli.ipynb #72dde4c9
 import json, sys
 from pathlib import Path
 from typing import Annotated
@@ -13,39 +13,28 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
+from . import remote
 from .core import UserError
+from .terminal import params, table
 
-# %% ../../nbs/13_cli.ipynb #e4eeec9c
+# %% ../../nbs/13_cli.ipynb #25ad2eea
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode='markdown', pretty_exceptions_enable=False,
                   help='Fine-tune an LLM on human preference pairs with a free Kaggle account.\n\nStart with `underdog check train.csv`, then `underdog floors train.csv`, then `underdog run train --list`; `underdog doctor` looks for what is wrong.')
 Csv = Annotated[Path, typer.Argument(help='train.csv or test.csv of a competition (or .parquet)', show_default=False)]
 Comp = Annotated[str, typer.Option(help='lmsys, llm-classification or wsdm; found from the columns if left out')]
 
-def _table(title, columns, rows):
-    t = Table(title=title, title_justify='left')
-    for c in columns: t.add_column(c, justify='left' if c == columns[0] else 'right')
-    for r in rows: t.add_row(*(escape(f'{v:,}' if isinstance(v, int) and not isinstance(v, bool) else f'{v:.4f}' if isinstance(v, float) else str(v)) for v in r))
-    Console(force_jupyter=False).print(t)
-
-def _params(given):
-    "{key: text} of `-p key=value` options."
-    for p in given or []:
-        if '=' not in p: raise UserError(f'-p {p}: give key=value')
-    return dict(p.split('=', 1) for p in given or [])
-
 def _competition(name):
     from underdog.competition import get_competition
     return get_competition(name) if name else None
 
-# %% ../../nbs/13_cli.ipynb #0338bdcb
+# %% ../../nbs/13_cli.ipynb #57978e8d
 @app.command()
 def check(file: Csv, competition: Comp = ''):
     "Read a competition file and print what was found and repaired; a defect is named with its row and column."
     from underdog.data import read_rows
     _, report = read_rows(file, _competition(competition))
-    _table(report.file, ['what', 'count'], report.table())
+    table(report.file, ['what', 'count'], report.table())
 
 @app.command()
 def floors(file: Csv, folds: Annotated[int, typer.Option(help='prompt-grouped folds')] = 5, competition: Comp = ''):
@@ -56,8 +45,8 @@ def floors(file: Csv, folds: Annotated[int, typer.Option(help='prompt-grouped fo
     from underdog.floors import cross_predict
     df, report = read_rows(file, _competition(competition), labelled=True)
     comp = get_competition(report.competition)
-    t = score_table(labels_of(df, comp), cross_predict(df, comp, make_folds(df, folds)), prompt_groups(df))
-    _table(f'{report.file}: {len(df):,} rows, {folds} folds', ['floor', 'log loss', '95 % from', 'to', 'accuracy'], t.itertuples(index=False))
+    t = scoretable(labels_of(df, comp), cross_predict(df, comp, make_folds(df, folds)), prompt_groups(df))
+    table(f'{report.file}: {len(df):,} rows, {folds} folds', ['floor', 'log loss', '95 % from', 'to', 'accuracy'], t.itertuples(index=False))
 
 @app.command()
 def show(file: Csv, model: Annotated[str, typer.Option(help='folder with the tokenizer')], row: Annotated[int, typer.Option(help='which row, from 1')] = 1,
@@ -79,8 +68,8 @@ def run(kernel: Annotated[str, typer.Argument(help='train, infer, blend, or the 
 
     Example: `underdog run train -p train_csv=train.csv -p model=models/gemma -p lr=1e-4 --out runs/1`. Names and types are checked before anything runs."""
     from underdog.kernels import find_kernel, kernel_parameters, run_kernel
-    if list_: return _table(f'{kernel}: parameters', ['name', 'default', 'meaning'], [(n, repr(d), c) for n, (d, c) in kernel_parameters(find_kernel(kernel)).items()])
-    values = _params(param)
+    if list_: return table(f'{kernel}: parameters', ['name', 'default', 'meaning'], [(n, repr(d), c) for n, (d, c) in kernel_parameters(find_kernel(kernel)).items()])
+    values = params(param)
     known = kernel_parameters(find_kernel(kernel))
     default = {'train': 'run', 'infer': 'predictions', 'blend': '.'}.get(kernel)
     if 'out' in known and 'out' not in values and known['out'][0] == default: values['out'] = str(out/default)   # results lie beside the notebook
@@ -96,7 +85,7 @@ def doctor(target: Annotated[str, typer.Argument(help='run folder, kernel (train
     from underdog.doctor import environment, gate, kernel_checks, run_checks
     checks = environment(out, gpus or None, offline=True)
     if (Path(target)/'config.json').is_file(): checks += run_checks(target)
-    elif target: checks += kernel_checks(target, _params(param))
+    elif target: checks += kernel_checks(target, params(param))
     gate(checks)
 
 @app.command()
@@ -113,10 +102,13 @@ def demo(out: Annotated[Path, typer.Option(help='folder for everything that is m
     from underdog.demo import run_demo
     result = run_demo(out, train, test, seed)
     names = dict(prior='class prior', length_floor='lengths and formats', tfidf_floor='TF-IDF difference', model='model, one order', tta='model, both orders', blend='blend (cross-fitted)', best_possible='best possible')
-    _table(f"Held-out log loss, {result['rows']} rows, {result['minutes']} minutes", ['prediction', 'log loss'], [(t, result[k] if result[k] is not None else 'unknown') for k, t in names.items()])
+    table(f"Held-out log loss, {result['rows']} rows, {result['minutes']} minutes", ['prediction', 'log loss'], [(t, result[k] if result[k] is not None else 'unknown') for k, t in names.items()])
     typer.echo(f"report: {result['report']}\n{json.dumps(result)}")
 
-# %% ../../nbs/13_cli.ipynb #ba166991
+# %% ../../nbs/13_cli.ipynb #0195d474
+for command in remote.COMMANDS: app.command()(command)
+
+# %% ../../nbs/13_cli.ipynb #3fa1a5fb
 def _version(value: bool):
     if value:
         from underdog.core import build_id

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['UserError', 'nearest', 'atomic_path', 'sweep', 'atomic_write', 'write_json', 'read_json', 'read_record', 'read_table',
            'fingerprint', 'file_hash', 'build_id', 'versions', 'convert', 'coerce', 'cache_folder', 'on_kaggle',
-           'resolve_input', 'pick_dtype', 'seed_everything', 'peak_memory_gb', 'quiet', 'RunFolder']
+           'kaggle_root', 'resolve_input', 'pick_dtype', 'seed_everything', 'peak_memory_gb', 'quiet', 'RunFolder']
 
-# %% ../../nbs/00_core.ipynb #af33d342
+# %% ../../nbs/00_core.ipynb #2551e549
 import difflib, hashlib, json, logging, os, shutil, sys, tempfile, types, typing, warnings
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-# %% ../../nbs/00_core.ipynb #8a48299e
+# %% ../../nbs/00_core.ipynb #95b19cf9
 class UserError(ValueError):
     "A mistake of the user's: the message says what, where and how to mend it."
 
@@ -25,7 +25,7 @@ def nearest(name, known):
     close = difflib.get_close_matches(str(name), [str(k) for k in known], n=3, cutoff=.5)
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(map(str, known))}"
 
-# %% ../../nbs/00_core.ipynb #3dcffd06
+# %% ../../nbs/00_core.ipynb #e07e4c14
 @contextmanager
 def atomic_path(path):
     "Yield a temporary sibling of `path`; it replaces `path` when the block ends well and vanishes when it does not."
@@ -54,7 +54,7 @@ def atomic_write(path, content):
     "Write text (UTF-8) or bytes to `path` in one step."
     with atomic_path(path) as tmp: tmp.write_bytes(content.encode('utf-8') if isinstance(content, str) else content)
 
-# %% ../../nbs/00_core.ipynb #bbe18942
+# %% ../../nbs/00_core.ipynb #c943c3ba
 def _plain(obj):
     "What json cannot write by itself: numpy scalars and arrays, paths."
     if isinstance(obj, np.generic): return obj.item()
@@ -90,7 +90,7 @@ def read_table(path, needed=()):
     if missing := [c for c in needed if c not in table]: raise UserError(f"{path}: no column {', '.join(missing)}; restore it or run its stage again")
     return table
 
-# %% ../../nbs/00_core.ipynb #1f60a77b
+# %% ../../nbs/00_core.ipynb #b64154e4
 def fingerprint(*parts):
     "16 hex characters that depend on every part: str, bytes, arrays, or anything json can write (keys sorted)."
     h = hashlib.sha256()
@@ -121,7 +121,7 @@ def versions():
         except PackageNotFoundError: found[name] = None
     return found
 
-# %% ../../nbs/00_core.ipynb #6878b654
+# %% ../../nbs/00_core.ipynb #da721a2e
 def convert(value, kind, name):
     "`value` as `kind` (int, float, bool, str, or one of them | None); text is understood as a number where one is wanted."
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
@@ -146,22 +146,26 @@ def coerce(cls, values):
     if needed: raise UserError(f"{cls.__name__} needs {', '.join(needed)}; give a value")
     return cls(**{k: convert(v, hints[k], k) for k, v in values.items()})
 
-# %% ../../nbs/00_core.ipynb #2c3c08d5
+# %% ../../nbs/00_core.ipynb #92ea3e58
 def cache_folder():
     "Where what can be made again is kept: $UNDERDOG_CACHE, on Kaggle /kaggle/tmp (not saved with the output), else the user's cache folder."
-    return Path(os.environ.get('UNDERDOG_CACHE') or ('/kaggle/tmp/underdog' if on_kaggle() else Path.home()/'.cache'/'underdog'))
+    return Path(os.environ.get('UNDERDOG_CACHE') or (kaggle_root()/'tmp'/'underdog' if on_kaggle() else Path.home()/'.cache'/'underdog'))
 
 def on_kaggle():
     "True inside a Kaggle kernel (batch or interactive)."
     return bool(os.environ.get('KAGGLE_KERNEL_RUN_TYPE'))
 
-def resolve_input(spec, root='/kaggle/input'):
+def kaggle_root():
+    "Where input/, working/ and tmp/ of a kernel are: /kaggle, or $UNDERDOG_KAGGLE where a kernel is tried elsewhere."
+    return Path(os.environ.get('UNDERDOG_KAGGLE', '/kaggle'))
+
+def resolve_input(spec, root=None):
     "The existing path meant by `spec`: a local path, 'owner/slug[/file]', 'slug[/file]', 'competitions/slug[/file]' or 'models/…' under `root`."
-    spec, root = str(spec), Path(root)
+    spec, root = str(spec), Path(root or kaggle_root()/'input')
     if not spec: raise UserError('an input path is empty; give a file or folder, or owner/slug of a Kaggle dataset')
     try:
         if (local := Path(os.path.expanduser(spec))).exists(): return local
-        for pattern in _mounts(spec.removeprefix(f'{root}/').strip('/')):
+        for pattern in _mounts(spec.removeprefix(f'{root}/').removeprefix('/kaggle/input/').strip('/')):
             if found := sorted(root.glob(pattern)): return found[0]
     except (OSError, ValueError, NotImplementedError): pass   # a name too long, or with a NUL, is no file either
     raise UserError(f'{spec}: no such file or folder' + (f', nor under {root}, which holds: {_tree(root)}' if root.exists() else '') +
@@ -181,7 +185,7 @@ def _tree(root, limit=30):
     names = [str(p.relative_to(root)) for pattern in ('*', '*/*', '*/*/*') for p in sorted(root.glob(pattern))]
     return ', '.join(names[:limit]) + (' …' if len(names) > limit else '') if names else 'nothing'
 
-# %% ../../nbs/00_core.ipynb #d2f88966
+# %% ../../nbs/00_core.ipynb #515350c5
 def pick_dtype(device='cuda:0'):
     "(torch dtype, reason) for compute on `device`: fp32 on CPU, bf16 from compute capability 8.0, fp16 below (T4: no bf16 units)."
     import torch
@@ -214,7 +218,7 @@ def quiet():
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
-# %% ../../nbs/00_core.ipynb #a31de584
+# %% ../../nbs/00_core.ipynb #a64624dd
 @dataclass(frozen=True)
 class RunFolder:
     "Paths and small files of one run; made by `create`, checked by `open`."

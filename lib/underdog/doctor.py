@@ -6,7 +6,7 @@
 __all__ = ['NEEDED', 'Check', 'check', 'guarded', 'packages', 'gpus', 'no_tensor_cores', 'room', 'imports_offline', 'environment',
            'run_files', 'run_predicts', 'compare', 'run_checks', 'kernel_checks', 'table', 'gate']
 
-# %% ../../nbs/09b_doctor.ipynb #37cf45f7
+# %% ../../nbs/09b_doctor.ipynb #a5141834
 import importlib.util, os, shutil, subprocess, sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -26,7 +26,7 @@ from .prepare import columns
 from .prompt import COLUMNS
 from .workers import Workers
 
-# %% ../../nbs/09b_doctor.ipynb #36b67495
+# %% ../../nbs/09b_doctor.ipynb #79a6f151
 @dataclass(frozen=True)
 class Check:
     "One line: what was looked at, `state` (ok, warn, fail or skip), what was found, what to do."
@@ -45,7 +45,7 @@ def guarded(name, look):
 # least versions the library is tested with; Kaggle's image has torch 2.10, transformers 5.0, peft 0.19, accelerate 1.13, datasets 4.0
 NEEDED = {'torch': '2.10', 'transformers': '5.0', 'peft': '0.19', 'accelerate': '1.13', 'datasets': '4.0', 'scikit-learn': '1.4', 'pandas': '2.2', 'numpy': '2.0'}
 
-# %% ../../nbs/09b_doctor.ipynb #bd8c6694
+# %% ../../nbs/09b_doctor.ipynb #c5db2d42
 def packages(quantized=True):
     "A line for each package that is missing or old, one for all that are well."
     from packaging.version import Version
@@ -64,7 +64,7 @@ def gpus(wanted=None):
     import torch
     n = torch.cuda.device_count()
     names = ', '.join(f'{torch.cuda.get_device_name(i)} (sm_{"".join(map(str, torch.cuda.get_device_capability(i)))}, {torch.cuda.mem_get_info(i)[1]/2**30:.0f} GiB)' for i in range(n)) or 'none'
-    if wanted is None and on_kaggle(): wanted = 1
+    if wanted is None and on_kaggle(): wanted = int(os.environ.get('UNDERDOG_GPUS', 1))   # what `underdog push` asked for
     out = [check('GPUs', n >= (wanted or 1), names, f'{wanted} wanted: set the accelerator to GPU T4 x2 (machine_shape NvidiaTeslaT4)' if wanted else 'small models train on a CPU, large ones do not', 'fail' if wanted else 'warn')]
     if n == 1 and on_kaggle(): out.append(Check('second GPU', 'warn', names, 'T4 x2 costs the same quota and is twice as fast'))
     out.append(Check('dtype', 'ok', '{0}: {1}'.format(*(str(x).removeprefix('torch.') for x in pick_dtype()))))
@@ -102,7 +102,7 @@ def environment(out='.', gpu=None, quantized=True, offline=None):
     "Checks of the machine; imports in a fresh process only where `offline` (default: on Kaggle), as they take ten seconds."
     return [*packages(quantized), *gpus(gpu), *room(out), *(imports_offline() if (on_kaggle() if offline is None else offline) else [])]
 
-# %% ../../nbs/09b_doctor.ipynb #9120496f
+# %% ../../nbs/09b_doctor.ipynb #7e6bca8b
 def run_files(run, cfg=InferConfig()):
     "Is the run whole, and are template, tokenizer and base model those of training?"
     status = run.status
@@ -152,7 +152,7 @@ def run_checks(run, cfg=InferConfig(), predict=True):
     found = guarded('run', lambda: run_files(run, cfg))
     return found + (guarded('validation loss', lambda: run_predicts(run, cfg)) if predict and all(c.state != 'fail' for c in found) else [])
 
-# %% ../../nbs/09b_doctor.ipynb #0068455e
+# %% ../../nbs/09b_doctor.ipynb #0966101f
 def kernel_checks(name, given):
     "Checks of a kernel notebook with the parameters `given` (name -> text)."
     import nbformat
@@ -167,7 +167,7 @@ def kernel_checks(name, given):
         if run.strip(): lines += guarded(run, lambda: run_checks(run.strip(), InferConfig(base=values.get('base', '')), predict=False))
     return lines
 
-# %% ../../nbs/09b_doctor.ipynb #841d507e
+# %% ../../nbs/09b_doctor.ipynb #4b52a220
 def table(checks, title='underdog doctor'):
     "Print the lines; red ones last, where they are seen."
     from rich.console import Console

@@ -6,7 +6,7 @@
 __all__ = ['Evidence', 'current', 'write_current', 'Answers', 'Publisher', 'run_pass', 'answer', 'summary', 'start_jobs', 'work',
            'submit', 'report']
 
-# %% ../../nbs/08a_submit.ipynb #fca70877
+# %% ../../nbs/08a_submit.ipynb #07c99253
 import math, os, signal, sys, time
 from dataclasses import asdict
 from itertools import groupby
@@ -27,7 +27,7 @@ from .schedule import RANKINGS, best_ranking, compare_rankings, doubt, order_pas
 from .session import Clock, locked, span
 from .workers import Workers
 
-# %% ../../nbs/08a_submit.ipynb #022ae5ec
+# %% ../../nbs/08a_submit.ipynb #bb75aa99
 class Evidence:
     "Held-out predictions of `runs`: blends for every state of a row, and the order of the passes. Without held-out rows all models count alike."
     def __init__(self, runs, with_floors=True):
@@ -78,7 +78,7 @@ class Evidence:
             done.append((m, k))
         return out + rest, said
 
-# %% ../../nbs/08a_submit.ipynb #95a51f94
+# %% ../../nbs/08a_submit.ipynb #d8d5fe47
 def current(jobs, evidence):
     "Blended probabilities (n, C) of what has been answered so far."
     found = [(evidence.by_path[j.run.path], j.predicted()) for j in jobs]
@@ -121,7 +121,7 @@ class Answers:
         except FileNotFoundError: pass
         except Exception as e: print(f'{self.path}: cannot be read ({str(e).splitlines()[0]}); every row is answered anew', flush=True)
 
-# %% ../../nbs/08a_submit.ipynb #20c2f319
+# %% ../../nbs/08a_submit.ipynb #9753aab6
 class Publisher:
     "Writes submission, predictions and answers, atomically, at most once in `every` seconds unless told."
     def __init__(self, jobs, evidence, answers, out, submission, sample, every=60.):
@@ -142,7 +142,7 @@ class Publisher:
         write_current(self.jobs, self.evidence, self.submission, self.sample)
         self.answers.save()
         for job in self.jobs: job.write(self.folder(job))
-        write_json(self.out/'summary.json', summary(self.jobs))
+        write_json(self.out/'summary.json', summary(self.jobs, self.evidence))
 
     def maybe(self):
         if time.monotonic() - self.last > max(self.every, 20*self.took): self.now()
@@ -184,9 +184,11 @@ def answer(jobs, evidence, publisher, clock):
             job.failed = str(e) or type(e).__name__
             print(f'warning: {job.run.path.name} failed ({job.failed}); its rows keep what they have', flush=True)
 
-def summary(jobs):
-    "{rows, answered: {run: rows by orders}, spent: {run: tokens, busy_s, load_s of this start}, failed} of what has come out."
-    return dict(rows=len(jobs[0].df), answered={str(j.run.path): np.bincount(j.predicted()['orders'], minlength=len(j.orders) + 1).tolist() for j in jobs}, spent={str(j.run.path): j.spent for j in jobs}, failed={str(j.run.path): j.failed for j in jobs if j.failed})
+def summary(jobs, evidence):
+    "{held_out: log loss of the whole blend on held-out rows, rows, answered: {run: rows by orders}, spent: {run: tokens, busy_s, load_s of this start}, failed} of what has come out."
+    whole = {evidence.by_path[j.run.path]: len(j.orders) for j in jobs}
+    held_out = None if evidence.oof is None else float(row_log_loss(evidence.y, evidence.held_out(whole)).mean())
+    return dict(held_out=held_out, rows=len(jobs[0].df), answered={str(j.run.path): np.bincount(j.predicted()['orders'], minlength=len(j.orders) + 1).tolist() for j in jobs}, spent={str(j.run.path): j.spent for j in jobs}, failed={str(j.run.path): j.failed for j in jobs if j.failed})
 
 def start_jobs(settings):
     "(jobs, `Evidence`) from the settings that `submit` wrote."
@@ -245,6 +247,6 @@ def report(out, settings, code, tail):
         print(f'warning: {why}', flush=True)
     return pd.read_csv(settings['submission'])
 
-# %% ../../nbs/08a_submit.ipynb #bb961203
+# %% ../../nbs/08a_submit.ipynb #4720fab4
 #| eval: false
 if __name__ == '__main__' and '__file__' in globals(): run_worker(lambda _: work(Path(sys.argv[1]), float(sys.argv[2])), None)
