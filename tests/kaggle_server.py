@@ -131,8 +131,9 @@ class KaggleServer:
         self.seen, self.faults, self.lock = [], {}, threading.RLock()
         self.processing, self.queue_s, self.layout, self.extract = 1, 0., 'new', True   # status looks until a dataset is ready, seconds in the queue, /kaggle/input as of 'new' or 'old', are archives unpacked
         self.stale_mounts, self.stale_s, self.status_lag, self.stop_at = 0, 1., 0, {}   # mounts that show the version before for stale_s; looks that show the status of the version before; {kernel: training steps}
+        self.extra_output, self.broken_datasets = [], False                              # files that an output lists besides its own; does processing of datasets fail?
         self.used_s, self.total_s, self.slots, self.clock_factor = 0., 30*3600, 2, 1.    # of the GPU quota; seconds it counts for one of ours
-        self.replace_shape, self.cut_upload, self.submission_polls = None, 0, 1          # what every machine shape becomes; uploads that break off half-way; looks until a score is there
+        self.replace_shape, self.cut_upload, self.refuse = None, 0, ''                    # what every machine shape becomes; uploads that break off half-way; an error for every push
 
     # ---- life
     def start(self):
@@ -198,13 +199,13 @@ class KaggleServer:
     def CreateDataset(self, r):
         ref = f"{r['ownerSlug']}/{r['slug']}"
         if ref in self.datasets: return dict(status='error', error=f"The requested title \"{r['title']}\" is already in use by a dataset. Please choose another title.")
-        self.datasets[ref] = dict(versions=[self._store('datasets', ref, r['files'], 1)], private=r.get('isPrivate', False), polls=self.processing, title=r['title'], notes=[''])
+        self.datasets[ref] = dict(versions=[self._store('datasets', ref, r.get('files', []), 1)], private=r.get('isPrivate', False), polls=self.processing, title=r['title'], notes=[''])
         return dict(ref=ref, url=f'{self.url}/datasets/{ref}', status='Ok')
 
     def CreateDatasetVersion(self, r):
         ref, dataset = self._dataset(r)
         if dataset['polls'] > 0: raise KaggleError(403, 'The dataset is being processed')
-        dataset['versions'].append(self._store('datasets', ref, r['body']['files'], len(dataset['versions']) + 1))
+        dataset['versions'].append(self._store('datasets', ref, r['body'].get('files', []), len(dataset['versions']) + 1))
         dataset['polls'] = self.processing
         dataset['notes'].append(r['body'].get('versionNotes', ''))
         return dict(ref=ref, url=f'{self.url}/datasets/{ref}', status='Ok')
@@ -212,6 +213,7 @@ class KaggleServer:
     def GetDatasetStatus(self, r):
         _, dataset = self._dataset(r)
         dataset['polls'] -= 1
+        if self.broken_datasets: return dict(status='FAILED')
         return dict(status='READY' if dataset['polls'] < 0 else 'BLOBS_RECEIVED')
 
     def _shown(self, dataset): return len(dataset['versions']) - (dataset['polls'] > 0)
@@ -256,17 +258,18 @@ class KaggleServer:
 
     def CreateModelInstance(self, r):
         ref = self._instance(r | r['body'])
-        self.models[ref] = [self._store('models', ref, r['body']['files'], 1)]
+        self.models[ref] = [self._store('models', ref, r['body'].get('files', []), 1)]
         return dict(id=1, ref=ref, url=self.url)
 
     def CreateModelInstanceVersion(self, r):
         ref = self._instance(r)
-        self.models[ref].append(self._store('models', ref, r['body']['files'], len(self.models[ref]) + 1))
+        self.models[ref].append(self._store('models', ref, r['body'].get('files', []), len(self.models[ref]) + 1))
         return dict(id=1, ref=ref, url=self.url)
 
     # ---- kernels
     def SaveKernel(self, r):
         gpu = r.get('machineShape', '') not in ('', 'None') or r.get('enableGpu', False)
+        if self.refuse: return dict(error=self.refuse)
         if gpu and self.used_s >= self.total_s: return dict(error=QUOTA)
         if gpu and sum(v['gpu'] and not v['job'].over for k in self.kernels.values() for v in k['versions']) >= self.slots: return dict(error=SESSIONS)
         owner, slug = r['slug'].split('/')
@@ -290,6 +293,7 @@ class KaggleServer:
 
     def _shown_version(self, r, spend=False):
         ref, kernel = self._kernel(r)
+        if r.get('versionLabel'): return kernel['versions'][int(r['versionLabel'].lstrip('v')) - 1]
         if kernel['lag'] > 0:
             kernel['lag'] -= spend
             return kernel['versions'][-2]
@@ -310,13 +314,13 @@ class KaggleServer:
     def ListKernelSessionOutput(self, r):
         job = self._shown_version(r, spend=True)['job']
         files = sorted(f for f in job.output.rglob('*') if f.is_file()) if job.status == 'COMPLETE' else []
-        rows = [dict(url=f'{self.url}/files/{f.relative_to(self.root)}', fileName=str(f.relative_to(job.output))) for f in files] + getattr(self, 'extra_output', [])
+        rows = [dict(url=f'{self.url}/files/{f.relative_to(self.root)}', fileName=str(f.relative_to(job.output))) for f in files] + self.extra_output
         at, size = int(r.get('pageToken') or 0), r.get('pageSize') or 20
         return dict(files=rows[at:at + size], log=self._log(job) if job.over else '', nextPageToken=str(at + size) if at + size < len(rows) else '')
 
     def GetAcceleratorQuotaStatistics(self, r):
         seconds = lambda s: f'{s:.0f}s'
-        running = sum(3600. for k in self.kernels.values() for v in k['versions'] if v['gpu'] and not v['job'].over) if getattr(self, 'reserve', False) else 0
+        running = sum(3600. for k in self.kernels.values() for v in k['versions'] if v['gpu'] and not v['job'].over) 
         return dict(quotaRefreshTime='2026-11-28T00:00:00Z', gpuQuota=dict(timeUsed=seconds(self.used_s), timeReserved=seconds(running), totalTimeAllowed=seconds(self.total_s)), tpuQuota=dict(timeUsed='0s', timeReserved='0s', totalTimeAllowed='72000s'))
 
     # ---- submissions
@@ -373,6 +377,7 @@ class Handler(BaseHTTPRequestHandler):
             if not (self.headers.get('Authorization') or '').startswith(('Basic', 'Bearer')): return self.reply(401, dict(code=401, message='Unauthenticated'))
             try: answer = getattr(k, method)(body)
             except KaggleError as e: return self.reply(e.code, dict(code=e.code, message=str(e)), headers=e.headers)
+            except Exception as e: return self.reply(500, dict(code=500, message=f'{type(e).__name__}: {e}'))   # of this server
         if isinstance(answer, Redirect): return self.reply(302, headers={'Location': answer})
         self.reply(200, answer)
 

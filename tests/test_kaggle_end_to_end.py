@@ -41,7 +41,7 @@ def kaggle(world, tmp_path_factory):   # noqa: F811
     server = KaggleServer(root/'server').start()
     server.slots = 3
     (root/'index').mkdir()
-    installed_wheel('bitsandbytes', root/'index', without=('cuda', 'rocm', 'xpu', 'hip'))   # the CPU's library is small
+    installed_wheel('bitsandbytes', root/'index', without=('bitsandbytes_cuda', 'bitsandbytes_rocm', 'bitsandbytes_xpu'))   # the CPU's library is small
     for part in ('data', 'public', 'hidden', 'empty'): (root/part).mkdir()
     for f in ('train.csv', 'test.csv', 'sample_submission.csv'): shutil.copy(world/f, root/'data'/f)
     test, sample = pd.read_csv(world/'test.csv', dtype=str, keep_default_na=False), pd.read_csv(world/'sample_submission.csv', dtype=str)
@@ -58,7 +58,7 @@ def kaggle(world, tmp_path_factory):   # noqa: F811
 def underdog(server, root, *args, code=0):
     "The console command in an empty folder; its output."
     env = server.environment() | dict(UNDERDOG_HOME=str(root/'home'), UNDERDOG_CACHE=str(root/'cache'), PIP_NO_INDEX='1', PIP_FIND_LINKS=str(root/'index'), COLUMNS='160')
-    done = subprocess.run([sys.executable, '-m', 'underdog.cli', *map(str, args)], cwd=root/'empty', env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-c', 'from underdog.cli import main; main()', *map(str, args)], cwd=root/'empty', env=env, capture_output=True, text=True)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 

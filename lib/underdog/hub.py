@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['KINDS', 'BUSY', 'CREDENTIALS', 'Refused', 'http_error', 'explain', 'Hub', 'inside', 'download']
 
-# %% ../../nbs/11_hub.ipynb #c9a33364
-import io, re, time
+# %% ../../nbs/11_hub.ipynb #a7b320db
+import inspect, io, re, time
 from contextlib import redirect_stdout
 from pathlib import Path
 
 from .core import UserError, atomic_path
 
-# %% ../../nbs/11_hub.ipynb #e8812974
+# %% ../../nbs/11_hub.ipynb #5adcd03b
 KINDS = {   # pattern in Kaggle's message -> (kind, what to do)
     r'weekly \w+ quota': ('quota', 'wait for the reset (`underdog quota` says when), or use a kernel without GPU'),
     r'batch \w+ session count': ('sessions', 'another run holds the slot, perhaps a queued one; try again when it has ended'),
@@ -30,7 +30,7 @@ class Refused(UserError):
         if kind: self.kind = kind
         super().__init__(message if kind else f"{what}: Kaggle says {message.strip().rstrip('.')!r}" + (f'; {remedy}' if remedy else ''))
 
-# %% ../../nbs/11_hub.ipynb #f34696da
+# %% ../../nbs/11_hub.ipynb #1776fd68
 BUSY = (429, 500, 502, 503, 504)
 
 def http_error(error):
@@ -52,7 +52,7 @@ def explain(what, error):
     if code in BUSY or not code: return Refused(what, f'{what}: Kaggle does not answer ({message}); try again later', 'busy', wait)
     return Refused(what, message)
 
-# %% ../../nbs/11_hub.ipynb #3274f941
+# %% ../../nbs/11_hub.ipynb #446cf2c0
 CREDENTIALS = 'no Kaggle credentials: make a token in the settings of your account on kaggle.com and save it as ~/.kaggle/access_token, or set KAGGLE_API_TOKEN'
 
 class Hub:
@@ -61,11 +61,16 @@ class Hub:
         self.poll_s, self.tries, self.first, self.api = poll_s, tries, first, _client()
         self.user = self.api.get_config_value('username')
         if not self.user: raise UserError(CREDENTIALS)
+        self.exact = 'no_run' in inspect.signature(self.api.kernels_push).parameters   # from 2.2.5 on the client honours the version of a kernel
 
     def ref(self, name):
         "owner/slug; a bare slug is one of ours."
         if not re.fullmatch(r'([\w-]+/)?[\w-]+', name): raise UserError(f'{name!r}: slug or owner/slug wanted, of letters, digits and hyphens')
         return name if '/' in name else f'{self.user}/{name}'
+
+    def version(self, ref, version):
+        "The kernel version as the client understands it: 2.2.4 always means the newest."
+        return f'{ref}/{version}' if version and self.exact else ref
 
     def call(self, what, do, *args, **kwargs):
         "`do(*args, **kwargs)`, again while Kaggle is busy; `Refused` when it says no."
@@ -117,7 +122,7 @@ def _client():
     except requests.RequestException as e: raise explain('signing in', e) from None
     except (SystemExit, OSError): raise UserError(CREDENTIALS) from None
 
-# %% ../../nbs/11_hub.ipynb #873c012c
+# %% ../../nbs/11_hub.ipynb #0b661b28
 def inside(folder, name):
     "The path `folder`/`name`; `UserError` when that would be outside `folder`."
     path = Path(folder)/name

@@ -6,7 +6,7 @@
 __all__ = ['BAR', 'ERROR', 'OVER', 'follow', 'log_now', 'lines_of', 'progress_of', 'failure_of', 'push_id', 'State', 'status_of',
            'look', 'wait', 'outputs', 'pull', 'Quota', 'quota', 'home', 'note', 'ledger']
 
-# %% ../../nbs/11d_watch.ipynb #0332fc9a
+# %% ../../nbs/11d_watch.ipynb #340e0cb3
 import json, os, re, tempfile, threading, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from .core import UserError, atomic_write, read_json
 from .hub import Refused, download, inside
 from .session import span
 
-# %% ../../nbs/11d_watch.ipynb #aa66c157
+# %% ../../nbs/11d_watch.ipynb #bc53c3e7
 def follow(hub, ref, failures=5):
     "Events ({data, time}) of the log as they come, until the run is over; after a cut connection it goes on where it was."
     seen, cut = 0, 0
@@ -68,7 +68,7 @@ def push_id(lines):
     "Of which push this log is: the first cell says it."
     return next((line.split()[-1] for line in lines if line.startswith('underdog: push ')), '')
 
-# %% ../../nbs/11d_watch.ipynb #b7681a13
+# %% ../../nbs/11d_watch.ipynb #5f97e46c
 OVER = ('COMPLETE', 'ERROR', 'CANCEL_ACKNOWLEDGED')
 
 @dataclass(frozen=True)
@@ -85,16 +85,16 @@ class State:
     @property
     def over(self): return self.status in OVER
 
-def status_of(hub, ref):
-    "(status, Kaggle's own message) of the newest session."
-    answer = hub.call(f'status of {ref}', hub.api.kernels_status, ref)
+def status_of(hub, ref, version=0):
+    "(status, Kaggle's own message) of a version, the newest if 0."
+    answer = hub.call(f'status of {ref}', hub.api.kernels_status, hub.version(ref, version))
     name = getattr(answer.status, 'name', str(answer.status)).split('.')[-1]
     return name.removeprefix('KERNEL_WORKER_STATUS_'), answer.failure_message or ''
 
-def look(hub, ref, seconds=3.):
-    "The `State` of the newest session of `ref`."
-    status, message = status_of(hub, ref)
-    events, ended = ([], False) if status == 'QUEUED' else log_now(hub, ref, seconds)
+def look(hub, ref, version=0, seconds=3.):
+    "The `State` of a version of `ref`, the newest if 0."
+    status, message = status_of(hub, ref, version)
+    events, ended = ([], False) if status == 'QUEUED' else log_now(hub, hub.version(ref, version), seconds)
     lines = lines_of(events)
     if ended and (ours := push_id(lines)):   # the log is ahead of the status, which may be of the version before
         if f'underdog: done {ours}' in lines: status = 'COMPLETE'
@@ -103,12 +103,12 @@ def look(hub, ref, seconds=3.):
     if status == 'CANCEL_ACKNOWLEDGED': why = f'stopped by Kaggle, at its time limit or by hand{": " + message if message else ""}'
     return State(ref, status, why, progress_of(lines), max([float(e.get('time') or 0) for e in events] or [0.])/3600, push_id(lines), ended)
 
-def wait(hub, ref, push_id='', limit_s=13*3600., say=lambda state: None, grace_s=900.):
+def wait(hub, ref, push_id='', version=0, limit_s=13*3600., say=lambda state: None, grace_s=900.):
     "The `State` of the session that `push_id` began, once it is over. `say` hears of every change."
     began, last, ended = time.monotonic(), None, None
     def done():
         nonlocal last, ended
-        try: state = look(hub, ref)
+        try: state = look(hub, ref, version)
         except Refused as e:
             if e.kind in ('busy', 'missing') and time.monotonic() - began < grace_s: return None   # it may be a while until a new kernel is known
             raise
@@ -123,15 +123,16 @@ def wait(hub, ref, push_id='', limit_s=13*3600., say=lambda state: None, grace_s
         return state
     return hub.until(f'{ref} is running', done, limit_s)
 
-# %% ../../nbs/11d_watch.ipynb #93a6ef7e
-def outputs(hub, ref):
-    "({name: address} of the files, log text) of the newest session that is complete."
+# %% ../../nbs/11d_watch.ipynb #f91e7276
+def outputs(hub, ref, version=0):
+    "({name: address} of the files, log text) of a version, the newest if 0."
     from kagglesdk.kernels.types.kernels_api_service import ApiListKernelSessionOutputRequest
     token, files, log = '', {}, ''
     while True:
         request = ApiListKernelSessionOutputRequest()
         request.user_name, request.kernel_slug = ref.split('/')
         request.page_size, request.page_token = 100, token
+        if version and hub.exact: request.version_label = f'v{version}'
         answer = hub.ask(f'output of {ref}', 'kernels.kernels_api_client', 'list_kernel_session_output', request)
         files |= {f.file_name: f.url for f in answer.files or []}
         log = log or answer.log or ''
@@ -161,7 +162,7 @@ def _output_of(hub, ref, push_id):
         download(hub, files['underdog.json'], Path(folder)/'underdog.json', bar=False)
         return (files, log) if read_json(Path(folder)/'underdog.json').get('push') == push_id else None
 
-# %% ../../nbs/11d_watch.ipynb #19ffd48f
+# %% ../../nbs/11d_watch.ipynb #bbced462
 @dataclass(frozen=True)
 class Quota:
     "GPU hours of this week."

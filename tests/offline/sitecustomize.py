@@ -22,7 +22,7 @@ def _audit(event, args):
 
 sys.addaudithook(_audit)
 if os.environ.get('UNDERDOG_TEST_KERNEL'):
-    sys.path[:] = [p for p in sys.path if not os.path.isfile(os.path.join(p, 'underdog', 'core.py'))]
+    sys.path[:] = [p for p in sys.path if p.startswith(os.environ['UNDERDOG_KAGGLE']) or not os.path.isfile(os.path.join(p, 'underdog', 'core.py'))]
     sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, '__module__', '').startswith('__editable__') and not getattr(f, '__name__', '').startswith('_Editable')]
 if os.environ.get('KAGGLE_LOOPBACK') and os.path.basename(sys.argv[0] if getattr(sys, 'argv', None) else '') != 'pip':
     try: import kagglesdk.kaggle_env as _env
