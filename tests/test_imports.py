@@ -10,7 +10,7 @@ import underdog
 MODULES = sorted(p.stem for p in Path(underdog.__file__).parent.glob('*.py') if not p.stem.startswith('_'))
 
 
-@pytest.mark.parametrize('module', ['core', 'competition', 'data', 'sample', 'cli', 'blend', 'report'])
+@pytest.mark.parametrize('module', ['core', 'competition', 'data', 'sample', 'cli', 'blend', 'report', 'ship', 'wheels', 'push', 'watch', 'relay', 'score'])
 def test_light_modules_import_nothing_heavy(module):
     "Reading a csv or asking for help must not wait for torch, bitsandbytes or matplotlib."
     code = f"import sys, underdog.{module}; print(*[m for m in ('torch', 'bitsandbytes', 'matplotlib', 'kaggle', 'transformers') if m in sys.modules])"

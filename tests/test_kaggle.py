@@ -13,8 +13,8 @@ import nbformat
 import pytest
 from kaggle_server import QUOTA, SESSIONS, KaggleServer
 
-from underdog.core import UserError, resolve_input
-from underdog.hub import Hub, Refused, explain
+from underdog.core import UserError
+from underdog.hub import Hub, Refused
 from underdog.push import Push, Sources, inputs_of, push, pushed_notebook
 from underdog.relay import hours_for, relay
 from underdog.ship import find_key, remote_manifest, ship, ship_model
@@ -188,7 +188,8 @@ def test_both_mount_layouts_and_archives_that_are_left_packed(server, hub, tmp_p
     from underdog.ship import library_bundle
     server.layout, server.extract = layout, extract
     library_bundle(tmp_path/'lib')
-    lib, rows = ship(hub, tmp_path/'lib', 'underdog-lib'), ship(hub, data(tmp_path/'d'), 'some-data')
+    lib = ship(hub, tmp_path/"lib", "underdog-lib")
+    ship(hub, data(tmp_path/"d"), "some-data")
     model = ship_model(hub, data(tmp_path/'m'), 'me/tiny/transformers/small')
     cell = 'import underdog.core as c\nfor spec in (csv, model): print("resolved", c.resolve_input(spec))\nprint("library", c.__file__)'
     k = notebook(tmp_path/'k.ipynb', cell, parameters='csv = ""\nmodel = ""')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'Csv', 'Comp', 'check', 'floors', 'show', 'run', 'doctor', 'submission', 'demo', 'main']
 
-# %% ../../nbs/13_cli.ipynb #72dde4c9
+# %% ../../nbs/13_cli.ipynb #fcbf74d8
 import json, sys
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +18,7 @@ from . import remote
 from .core import UserError
 from .terminal import params, table
 
-# %% ../../nbs/13_cli.ipynb #25ad2eea
+# %% ../../nbs/13_cli.ipynb #8088428a
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode='markdown', pretty_exceptions_enable=False,
                   help='Fine-tune an LLM on human preference pairs with a free Kaggle account.\n\nStart with `underdog check train.csv`, then `underdog floors train.csv`, then `underdog run train --list`; `underdog doctor` looks for what is wrong.')
 Csv = Annotated[Path, typer.Argument(help='train.csv or test.csv of a competition (or .parquet)', show_default=False)]
@@ -28,7 +28,7 @@ def _competition(name):
     from underdog.competition import get_competition
     return get_competition(name) if name else None
 
-# %% ../../nbs/13_cli.ipynb #57978e8d
+# %% ../../nbs/13_cli.ipynb #4fc5b908
 @app.command()
 def check(file: Csv, competition: Comp = ''):
     "Read a competition file and print what was found and repaired; a defect is named with its row and column."
@@ -45,7 +45,7 @@ def floors(file: Csv, folds: Annotated[int, typer.Option(help='prompt-grouped fo
     from underdog.floors import cross_predict
     df, report = read_rows(file, _competition(competition), labelled=True)
     comp = get_competition(report.competition)
-    t = scoretable(labels_of(df, comp), cross_predict(df, comp, make_folds(df, folds)), prompt_groups(df))
+    t = score_table(labels_of(df, comp), cross_predict(df, comp, make_folds(df, folds)), prompt_groups(df))
     table(f'{report.file}: {len(df):,} rows, {folds} folds', ['floor', 'log loss', '95 % from', 'to', 'accuracy'], t.itertuples(index=False))
 
 @app.command()
@@ -105,10 +105,10 @@ def demo(out: Annotated[Path, typer.Option(help='folder for everything that is m
     table(f"Held-out log loss, {result['rows']} rows, {result['minutes']} minutes", ['prediction', 'log loss'], [(t, result[k] if result[k] is not None else 'unknown') for k, t in names.items()])
     typer.echo(f"report: {result['report']}\n{json.dumps(result)}")
 
-# %% ../../nbs/13_cli.ipynb #0195d474
-for command in remote.COMMANDS: app.command()(command)
+# %% ../../nbs/13_cli.ipynb #6e111ae5
+for command in remote.COMMANDS: app.command(rich_help_panel='On Kaggle')(command)
 
-# %% ../../nbs/13_cli.ipynb #3fa1a5fb
+# %% ../../nbs/13_cli.ipynb #ec899a17
 def _version(value: bool):
     if value:
         from underdog.core import build_id

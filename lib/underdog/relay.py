@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Leg', 'legs', 'run_status', 'hours_for', 'push_when_free', 'relay', 'same_relay']
 
-# %% ../../nbs/11e_relay.ipynb #7008a87e
-import math, tempfile, time
+# %% ../../nbs/11e_relay.ipynb #3d40dbf6
+import math, tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from .push import Push, expectation, kernel_state, push
 from .session import span
 from .watch import note, outputs, quota, wait
 
-# %% ../../nbs/11e_relay.ipynb #29a5b3e1
+# %% ../../nbs/11e_relay.ipynb #f4f527b7
 @dataclass(frozen=True)
 class Leg:
     "One session of a relay."
@@ -49,7 +49,7 @@ def run_status(hub, leg, out):
             return read_record(Path(folder)/'status.json', state=str, step=int, of=int), file_hash(Path(folder)/'status.json')
     return hub.until(f'output of {leg.ref}', there, 900.)
 
-# %% ../../nbs/11e_relay.ipynb #03a44432
+# %% ../../nbs/11e_relay.ipynb #b5f58e18
 def hours_for(hub, settings, hours, least=1., margin=.25):
     "Hours that the next session may take, at most `hours`; `UserError` when less than `least` are left of the week."
     if not settings.shape: return hours
@@ -67,7 +67,7 @@ def push_when_free(hub, say, *args, limit_s=24*3600., **kwargs):
             return None
     return hub.until('a free session', attempt, limit_s)
 
-# %% ../../nbs/11e_relay.ipynb #dc15bc48
+# %% ../../nbs/11e_relay.ipynb #268a828e
 def relay(hub, name, kernel='train', given=None, settings=Push(), hours=11.5, say=print):
     """Run the training kernel `kernel` with the parameters `given` until its run is finished, in sessions of at most `hours`; returns the last `Leg`.
 

@@ -6,16 +6,15 @@
 __all__ = ['BAR', 'ERROR', 'OVER', 'follow', 'log_now', 'lines_of', 'progress_of', 'failure_of', 'push_id', 'State', 'status_of',
            'look', 'wait', 'outputs', 'pull', 'Quota', 'quota', 'home', 'note', 'ledger']
 
-# %% ../../nbs/11d_watch.ipynb #340e0cb3
+# %% ../../nbs/11d_watch.ipynb #b8fd4743
 import json, os, re, tempfile, threading, time
 from dataclasses import dataclass
 from pathlib import Path
 
 from .core import UserError, atomic_write, read_json
 from .hub import Refused, download, inside
-from .session import span
 
-# %% ../../nbs/11d_watch.ipynb #bc53c3e7
+# %% ../../nbs/11d_watch.ipynb #2f0cdadd
 def follow(hub, ref, failures=5):
     "Events ({data, time}) of the log as they come, until the run is over; after a cut connection it goes on where it was."
     seen, cut = 0, 0
@@ -68,7 +67,7 @@ def push_id(lines):
     "Of which push this log is: the first cell says it."
     return next((line.split()[-1] for line in lines if line.startswith('underdog: push ')), '')
 
-# %% ../../nbs/11d_watch.ipynb #5f97e46c
+# %% ../../nbs/11d_watch.ipynb #a10c0550
 OVER = ('COMPLETE', 'ERROR', 'CANCEL_ACKNOWLEDGED')
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ def wait(hub, ref, push_id='', version=0, limit_s=13*3600., say=lambda state: No
         return state
     return hub.until(f'{ref} is running', done, limit_s)
 
-# %% ../../nbs/11d_watch.ipynb #f91e7276
+# %% ../../nbs/11d_watch.ipynb #b0283f89
 def outputs(hub, ref, version=0):
     "({name: address} of the files, log text) of a version, the newest if 0."
     from kagglesdk.kernels.types.kernels_api_service import ApiListKernelSessionOutputRequest
@@ -162,7 +161,7 @@ def _output_of(hub, ref, push_id):
         download(hub, files['underdog.json'], Path(folder)/'underdog.json', bar=False)
         return (files, log) if read_json(Path(folder)/'underdog.json').get('push') == push_id else None
 
-# %% ../../nbs/11d_watch.ipynb #bbced462
+# %% ../../nbs/11d_watch.ipynb #9007e2a8
 @dataclass(frozen=True)
 class Quota:
     "GPU hours of this week."

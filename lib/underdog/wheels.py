@@ -6,20 +6,19 @@
 __all__ = ['NEVER', 'TRY', 'Image', 'kaggle_image', 'installed_image', 'lacking', 'pinned', 'fetch_wheel', 'wheel_requirements',
            'build_wheels', 'top_modules', 'fits_here', 'try_wheels']
 
-# %% ../../nbs/11b_wheels.ipynb #a5b0503a
+# %% ../../nbs/11b_wheels.ipynb #447ce872
 import re, subprocess, sys, sysconfig, tempfile, venv, zipfile
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name, parse_wheel_filename
 from packaging.version import Version
 
 from .core import UserError
 
-# %% ../../nbs/11b_wheels.ipynb #f01d0a91
+# %% ../../nbs/11b_wheels.ipynb #d4fd97fc
 @dataclass(frozen=True)
 class Image:
     "What Kaggle's image holds: `packages` is {name: version, a specifier such as <2, or ''}."
@@ -53,7 +52,7 @@ def installed_image():
     recorded = kaggle_image()
     return Image('.'.join(map(str, sys.version_info[:2])), recorded.platforms, {canonicalize_name(d.name): d.version.split('+')[0] for d in distributions() if d.name}, 'now')
 
-# %% ../../nbs/11b_wheels.ipynb #ca1aad88
+# %% ../../nbs/11b_wheels.ipynb #d9105954
 NEVER = re.compile(r'torch|numpy|triton|nvidia-.*|cuda-.*')   # the image's own builds fit its drivers; another one breaks them
 
 def lacking(requirements, image):
@@ -69,7 +68,7 @@ def pinned(requirement):
     except PackageNotFoundError: return str(requirement)
     return f'{requirement.name}=={here.split("+")[0]}' if Version(here) in requirement.specifier else str(requirement)
 
-# %% ../../nbs/11b_wheels.ipynb #5dca2f54
+# %% ../../nbs/11b_wheels.ipynb #d1f620af
 def fetch_wheel(requirement, image, out):
     "The path of the wheel for the image's Python and platform that pip downloads to `out`."
     before = set(Path(out).glob('*.whl'))
@@ -104,7 +103,7 @@ def build_wheels(out, requirements=None, image=None):
     for other in set(out.glob('*.whl')) - set(done.values()): other.unlink()
     return sorted(done.values())
 
-# %% ../../nbs/11b_wheels.ipynb #9d435420
+# %% ../../nbs/11b_wheels.ipynb #45756839
 TRY = """
 import sys, socket, importlib
 def refuse(*a, **k): raise OSError('an import wants the internet')
