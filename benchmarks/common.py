@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from benchmarks.data import CHARS_PER_TOKEN, LENGTHS, PROMPT_SHARE
+from underdog.plan import CHARS_PER_TOKEN, lmsys_lengths
 
 EPOCH = 57_477   # rows of the LMSYS train.csv
 CUT = 2048       # tokens of prompt and both answers
@@ -46,9 +46,7 @@ def row_lengths(n=EPOCH, seed=0, scale=SCALE):
         real = np.array([[sum(map(len, r[c])) for c in ('prompt', 'response_a', 'response_b')] for _, r in rows.iterrows()])/CHARS_PER_TOKEN
         lengths, source = real[rng.integers(0, len(real), n)], f'{len(real):,} real rows, drawn {n:,} times'
     else:
-        share, tokens = np.array(LENGTHS).T
-        total, split = np.exp(np.interp(rng.random(n), share, np.log(tokens))), rng.beta(8, 8, n)
-        lengths, source = total[:, None]*np.stack([np.full(n, PROMPT_SHARE), (1 - PROMPT_SHARE)*split, (1 - PROMPT_SHARE)*(1 - split)], 1), 'the recorded table of the LMSYS train.csv'
+        lengths, source = lmsys_lengths(n, seed), 'the recorded table of the LMSYS train.csv'
     lengths = lengths*np.minimum(1, CUT/lengths.sum(1))[:, None]/scale
     return np.maximum(1, lengths.round().astype(int)), source
 

@@ -15,10 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-# (share of rows, tokens of prompt and both answers) of the LMSYS train.csv, DeBERTa-v3 tokens of about 4 characters
-LENGTHS = ((0, 20), (.05, 110), (.10, 165), (.25, 300), (.538, 563), (.869, 1127), (.944, 1690), (.971, 2254), (.984, 2817), (.991, 3380), (.997, 4507), (1, 11000))
-CHARS_PER_TOKEN = 4
-PROMPT_SHARE = .12        # of all tokens
+from underdog.plan import CHARS_PER_TOKEN, LENGTHS, PROMPT_SHARE
+
 MULTI_TURN = .13          # share of rows with more than one turn
 WORDS = """the of and to in a is that for it as was with be by on not he this are or his from at which but have an had they you were their one all we can
 her has there been if more when will would who so no about code value list return function question answer because example time people number water write

@@ -5,24 +5,26 @@
 # %% auto #0
 __all__ = ['shown', 'table', 'params']
 
-# %% ../../nbs/12d_terminal.ipynb #fda4e13f
+# %% ../../nbs/12d_terminal.ipynb #6bb673db
+import re
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from .core import UserError
 
-# %% ../../nbs/12d_terminal.ipynb #9dd36def
+# %% ../../nbs/12d_terminal.ipynb #0a5de0a1
 def shown(value):
     "A value as it stands in a table."
     if value is None: return ''
     return f'{value:,}' if isinstance(value, int) and not isinstance(value, bool) else f'{value:.4f}' if isinstance(value, float) else str(value)
 
 def table(title, columns, rows):
-    "Print a table; the first column is a name, the others are aligned right."
-    t = Table(title=title, title_justify='left')
-    for i, c in enumerate(columns): t.add_column(c, justify='right' if i else 'left')
-    for r in rows: t.add_row(*(escape(shown(v)) for v in r))
+    "Print a table; columns of numbers are aligned right."
+    t, cells = Table(title=title, title_justify='left'), [[shown(v) for v in r] for r in rows]
+    for i, c in enumerate(columns): t.add_column(c, justify='right' if i and all(re.fullmatch(r'[-+\d.,]*', r[i]) for r in cells) else 'left')
+    for r in cells: t.add_row(*map(escape, r))
     Console(force_jupyter=False).print(t)
 
 def params(given):
