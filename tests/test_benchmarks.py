@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from transformers import TrainingArguments
 import torch
 from conftest import REPO
 
@@ -51,6 +52,7 @@ def run(name, *args):
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+@pytest.mark.skipif('train_sampling_strategy' not in TrainingArguments.__dataclass_fields__, reason="the peer's samplers are those of later versions of transformers")
 def test_train_computes_the_same_with_less():
     got = run('train', '--quick')
     assert {'vs_trainer_default', 'vs_group_by_length', 'vs_kbit_recipe', 'token_efficiency', 'max_logit_diff', 'flops_predicted_over_measured'} <= set(got)

@@ -370,3 +370,22 @@ def test_real_rows_survive_writing(shared_data, tmp_path):
     write_rows(tmp_path/'train.csv', df, LMSYS)
     back, report = read_rows(tmp_path/'train.csv')
     assert data_hash(back) == data_hash(df) and not [k for k in report.repaired if 'empty' not in k]
+
+
+def test_folds_are_the_same_in_every_version_and_order():
+    "What falls into which fold is known: a run on Kaggle and one here must agree, whatever numpy or scikit-learn they have, and however the rows are ordered."
+    df = pd.DataFrame(dict(id=range(12), prompt=[[f'Question {i//2}'] for i in range(12)], response_a=[['x']]*12, response_b=[['y']]*12)).assign(**{c: [float(i % 3 == k) for i in range(12)] for k, c in enumerate(('a', 'b', 'tie'))})
+    folds = make_folds(df, 2)
+    assert folds.tolist() == [1, 1, 0, 0, 1, 1, 0, 0, 1, 1, 0, 0]
+    other = df.sample(frac=1, random_state=3).reset_index(drop=True)
+    assert dict(zip(other['id'], make_folds(other, 2))) == dict(zip(df['id'], folds))
+
+
+@pytest.mark.parametrize('n,k', [(15, 5), (60, 5), (1000, 5), (997, 10)])
+def test_classes_are_spread_as_evenly_as_can_be(n, k):
+    rng = np.random.default_rng(n)
+    y = np.arange(n) % 3
+    rng.shuffle(y)
+    df = pd.DataFrame(dict(id=range(n), prompt=[[f'q{i}'] for i in range(n)], response_a=[['x']]*n, response_b=[['y']]*n)).assign(**{c: (y == j)*1. for j, c in enumerate(('a', 'b', 'tie'))})
+    counts = pd.crosstab(make_folds(df, k), y).to_numpy()
+    assert (counts.max(0) - counts.min(0) <= 1).all()

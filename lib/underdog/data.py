@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TEXTS', 'repair', 'parse_turns', 'ReadReport', 'read_rows', 'prompt_groups', 'find_duplicates', 'swap_rows',
-           'swap_probs', 'labels_of', 'data_hash', 'write_rows', 'make_folds']
+           'swap_probs', 'labels_of', 'data_hash', 'write_rows', 'deal', 'make_folds']
 
-# %% ../../nbs/02_data.ipynb #97250e9b
+# %% ../../nbs/02_data.ipynb #553537d8
 import csv, io, json, re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ import pandas as pd
 from .competition import detect_competition
 from .core import UserError, atomic_path, fingerprint, nearest, resolve_input
 
-# %% ../../nbs/02_data.ipynb #d14e5a6f
+# %% ../../nbs/02_data.ipynb #e6d72b1f
 TEXTS = ('prompt', 'response_a', 'response_b')
 _SURROGATE = re.compile('[\ud800-\udfff]')
 _PAIR = re.compile('[\ud800-\udbff][\udc00-\udfff]')   # one character in two halves, as CESU-8 writes it
@@ -47,7 +47,7 @@ def parse_turns(cell, counts):
         if n: counts[what] = counts.get(what, 0) + n
     return [repair(t or '', counts) for t in turns]
 
-# %% ../../nbs/02_data.ipynb #5efbdb18
+# %% ../../nbs/02_data.ipynb #55fe61c7
 _NOT_CSV = {b'PK\x03\x04': 'a zip archive; unpack it', b'\x1f\x8b': 'a gzip archive; unpack it', b'PAR1': 'a parquet file; give it the ending .parquet'}
 
 def _check_head(head, path):
@@ -99,7 +99,7 @@ def _read_table(path):
     if twice: raise UserError(f"{path}: the header names {', '.join(map(repr, sorted(twice)))} twice; drop one of them")
     return pd.DataFrame({h: pd.Series([r[j] for r in rows], dtype=object) for j, h in enumerate(header)})
 
-# %% ../../nbs/02_data.ipynb #d4d083c9
+# %% ../../nbs/02_data.ipynb #60cbc79f
 def _ids(values, path):
     "int64 ids where every one is a whole number (1.0, as a float column spells it, is 1), else strings; missing and duplicate ids raise."
     values = [str(v).strip() for v in values]
@@ -147,7 +147,7 @@ def _labels(table, comp, path):
         if abs(s - 1) > 1e-3: raise UserError(f"{path}: row {i + 1} (id {_short(table['id'].iloc[i])}), columns {', '.join(comp.label_columns)}: sum {s:g}, not 1; mend the labels")
     return y/y.sum(1, keepdims=True)
 
-# %% ../../nbs/02_data.ipynb #9e29f7e4
+# %% ../../nbs/02_data.ipynb #bed7f5eb
 @dataclass(frozen=True)
 class ReadReport:
     "What `read_rows` found: `repaired` and `notes` map a phrase to a count."
@@ -192,7 +192,7 @@ def _notes(df):
             'rows repeated exactly': int((dup['kind'] == 'exact').sum()), 'rows repeated with A and B exchanged': int((dup['kind'] == 'swapped').sum()),
             'distinct prompts': int(prompt_groups(df).max()) + 1, 'longest row (characters)': int(lengths.max()), 'median row (characters)': int(lengths.median())}
 
-# %% ../../nbs/02_data.ipynb #33e34a57
+# %% ../../nbs/02_data.ipynb #134176e3
 def _key(turns): return ' '.join(' \n '.join(turns).split()).casefold()
 
 def prompt_groups(df):
@@ -229,7 +229,7 @@ def data_hash(df):
     "16 hex characters of everything a model could read in `df`."
     return fingerprint([df['id'].tolist(), *(df[c].tolist() for c in TEXTS)])
 
-# %% ../../nbs/02_data.ipynb #6249016d
+# %% ../../nbs/02_data.ipynb #c62bead9
 def write_rows(path, df, comp):
     "Write rows in the competition's own csv format, atomically; labels too where `df` has them."
     table = {'id': df['id'], **{c: df[c] for c in ('model_a', 'model_b', 'language') if c in df}}
@@ -240,10 +240,17 @@ def write_rows(path, df, comp):
         else: table['winner'] = np.where(df['a'] > df['b'], 'model_a', 'model_b')
     with atomic_path(path) as tmp: pd.DataFrame(table).to_csv(tmp, index=False, encoding='utf-8', quoting=csv.QUOTE_MINIMAL if comp.json_turns else csv.QUOTE_NONNUMERIC)   # else a bare \r is not quoted
 
-# %% ../../nbs/02_data.ipynb #cfbb3079
+# %% ../../nbs/02_data.ipynb #7e15bad2
+def deal(counts, order, n_folds):
+    "The fold of each group, from rows by class `counts` (G, C): largest groups first, in `order` among equals, each to the fold that has least of the classes it brings."
+    folds, held, total = np.empty(len(counts), int), np.zeros((n_folds, counts.shape[1])), np.maximum(1, counts.sum(0))
+    for g in sorted(order, key=lambda g: -counts[g].sum()):
+        folds[g] = np.argmin(held/total @ counts[g] + 1e-9*held.sum(1))
+        held[folds[g]] += counts[g]
+    return folds
+
 def make_folds(df, n_folds=5, seed=0):
-    "Int array with the fold of each row: rows of one prompt stay together, classes are spread evenly."
-    from sklearn.model_selection import StratifiedGroupKFold
+    "Int array with the fold of each row: rows of one prompt stay together, classes are spread evenly; it depends on prompts, outcomes and seed alone."
     groups = prompt_groups(df)
     classes = [c for c in ('a', 'b', 'tie') if c in df.columns]
     if not classes: raise UserError('folds need labelled rows (they are stratified by outcome); give a file with its label columns')
@@ -254,8 +261,9 @@ def make_folds(df, n_folds=5, seed=0):
     for j, c in enumerate(classes):
         if (y == j).sum() < n_folds: raise UserError(f'{where}{(y == j).sum()} row(s) of class {c!r} in the whole file: some of {n_folds} folds has no row of class {c!r}; '
                                                      'use fewer folds or more rows')
-    folds = np.full(len(df), -1)
-    for k, (_, held) in enumerate(StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed).split(groups, y, groups)): folds[held] = k
+    first = df['prompt'].iloc[np.unique(groups, return_index=True)[1]]
+    keys = [fingerprint(seed, _key(prompt)) for prompt in first]
+    folds = deal(np.stack([np.bincount(groups[y == j], minlength=groups.max() + 1) for j in range(len(classes))], 1), sorted(range(len(keys)), key=keys.__getitem__), n_folds)[groups]
     for k in range(n_folds):
         for j, c in enumerate(classes):
             if not (y[folds == k] == j).any():
