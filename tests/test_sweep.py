@@ -1,0 +1,117 @@
+"A sweep comes to the same end however often it is killed, by one process or two, and never tries the same twice."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+
+from underdog.core import UserError
+from underdog.sweep import Sweep, curve, read_sweep, run_sweep, study_of, trials_table
+
+PRETEND = '''import json, math, time
+from pathlib import Path
+run = Path(out)
+run.mkdir(parents=True, exist_ok=True)
+if lr > fail_above: raise ValueError('the loss is not finite')
+done = len((run/'metrics.jsonl').read_text().splitlines()) if (run/'metrics.jsonl').exists() else 0
+state = 'finished'
+for i in range(done, 3):
+    loss = .9 + .05*(math.log10(lr) + 4)**2 + .1/(i + 1)
+    with open(run/'metrics.jsonl', 'a') as f: f.write(json.dumps(dict(step=10*(i + 1), eval_loss=loss)) + '\\n')
+    time.sleep(nap)
+    if (run/'stop').exists():
+        state = 'paused'
+        break
+(run/'status.json').write_text(json.dumps(dict(state=state, step=30, of=30)))'''
+CODE = 'import sys\nfrom underdog.sweep import read_sweep, run_sweep\nrun_sweep(read_sweep(sys.argv[1]), sys.argv[2], say=lambda s: print(s, flush=True))'
+
+
+@pytest.fixture
+def kernel(tmp_path):
+    cells = [nbformat.v4.new_code_cell("lr = 1e-4\nrank = 8\nnap = 0.0\nfail_above = 9.0\nout = 'run'", metadata=dict(tags=['parameters'])), nbformat.v4.new_code_cell(PRETEND)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(name='python3', display_name='Python 3', language='python'))), tmp_path/'pretend.ipynb')
+    return str(tmp_path/'pretend.ipynb')
+
+
+def write(tmp_path, kernel, **more):
+    import yaml
+    kernel = more.pop('other', kernel)
+    file = tmp_path/'sweep.yaml'
+    file.write_text(yaml.safe_dump(dict(kernel=kernel, trials=4, space=dict(lr=dict(low=1e-6, high=1e-2, log=True))) | more))
+    return file
+
+
+def ends(table): return {r['trial']: round(r['loss'], 9) for _, r in table.iterrows() if r['state'] == 'complete'}
+
+
+def test_killed_anywhere_it_ends_as_if_it_had_not_been(tmp_path, kernel):
+    file = write(tmp_path, kernel, fixed=dict(nap=.4))
+    whole = run_sweep(read_sweep(file), tmp_path/'whole', say=lambda s: None)
+    for after in (2.5, 5., 4.):
+        process = subprocess.Popen([sys.executable, '-c', CODE, str(file), str(tmp_path/'killed')], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        time.sleep(after)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    table = run_sweep(read_sweep(file), tmp_path/'killed', say=lambda s: None)
+    assert ends(table) == ends(whole) and len(table) == 4 and table['trial'].is_unique
+
+
+def test_two_processes_share_one_sweep(tmp_path, kernel):
+    file = write(tmp_path, kernel, trials=6, search='random', fixed=dict(nap=.3))
+    both = [subprocess.Popen([sys.executable, '-c', CODE, str(file), str(tmp_path/'out')], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    said = [p.communicate(timeout=120)[0] for p in both]
+    assert all(p.returncode == 0 for p in both) and all('complete' in s for s in said), said   # both worked
+    table = trials_table(study_of(read_sweep(file), tmp_path/'out'))
+    assert (table['state'] == 'complete').sum() >= 6 and table['trial'].is_unique
+    assert sum(s.count(': complete') for s in said) == (table['state'] == 'complete').sum()   # nothing was done twice
+
+
+def test_a_grid_is_walked_once_and_failures_are_kept_and_not_repeated(tmp_path, kernel):
+    file = write(tmp_path, kernel, trials=20, search='grid', fixed=dict(fail_above=5e-3), space=dict(lr=['1e-5', 1e-4, 1e-2], rank=[4, 8]))
+    table = run_sweep(read_sweep(file), tmp_path/'out', say=lambda s: None)
+    assert len(table) == 6 and table['state'].value_counts().to_dict() == dict(complete=4, failed=2)
+    assert 'the loss is not finite' in table[table['state'] == 'failed']['why'].iloc[0]
+    again = run_sweep(read_sweep(file), tmp_path/'out', say=lambda s: pytest.fail(s))
+    assert len(again) == 6
+    assert (tmp_path/'out'/table['trial'][0]/'pretend.ipynb').is_file() and curve(tmp_path/'out'/table['trial'][0]/'run')
+
+
+def test_a_limit_ends_it_and_the_next_session_goes_on(tmp_path, kernel):
+    file = write(tmp_path, kernel)
+    first = run_sweep(read_sweep(file), tmp_path/'out', hours=1e-3, say=lambda s: None)
+    assert 0 < len(first) < 4
+    assert len(run_sweep(read_sweep(file), tmp_path/'out', say=lambda s: None)) == 4
+
+
+@pytest.mark.parametrize('change,message', [
+    (dict(space=dict(learning_rate=[1])), "no parameter 'learning_rate'"), (dict(space=dict(lr=dict(low=1e-2, high=1e-4))), 'is empty'), (dict(space=dict(lr=[])), 'the list is empty'), (dict(space={}), 'space is empty'), (dict(space=dict(lr=dict(low=0, high=1, log=True))), 'begins above 0'),
+    (dict(space=dict(lr='fast')), 'belongs under fixed'), (dict(spaces={}), 'did you mean space'), (dict(search='bayes'), 'search='), (dict(trials=0), 'trials=0'), (dict(search='grid'), 'is a range'), (dict(fixed=dict(lr=1.)), 'fixed and searched'), (dict(other='nothing'), "no kernel 'nothing'")])
+def test_mistakes_in_the_file_are_one_message_that_names_it(tmp_path, kernel, change, message):
+    with pytest.raises(UserError, match=message) as e: read_sweep(write(tmp_path, kernel, **change))
+    assert 'sweep.yaml' in str(e.value)
+
+
+def test_texts_that_yaml_made_of_numbers_are_numbers(tmp_path, kernel):
+    (tmp_path/'sweep.yaml').write_text(f'kernel: {kernel}\nspace:\n  lr: {{low: 1e-5, high: 1e-3, log: true}}\nfixed: {{fail_above: 1e+1}}\n')
+    sweep = read_sweep(tmp_path/'sweep.yaml')
+    assert sweep.space['lr'] == dict(low=1e-5, high=1e-3, log=True) and sweep.fixed == dict(fail_above=10.)
+
+
+def test_the_journal_of_another_sweep_or_of_nothing_is_refused(tmp_path, kernel):
+    study_of(Sweep(dict(lr=[1., 2.]), kernel=kernel), tmp_path/'out')
+    with pytest.raises(UserError, match='of another sweep'): study_of(Sweep(dict(lr=[1., 3.]), kernel=kernel), tmp_path/'out')
+    (tmp_path/'bad').mkdir()
+    (tmp_path/'bad'/'journal.log').write_text('this is not a journal\n{"x": 1}\n')
+    with pytest.raises(UserError, match='not a journal'): study_of(Sweep(dict(lr=[1.]), kernel=kernel), tmp_path/'bad')
+
+
+def test_the_command(tmp_path, kernel):
+    file = write(tmp_path, kernel, trials=2)
+    done = subprocess.run([sys.executable, '-c', 'from underdog.cli import main; main()', 'sweep', str(file), '--out', str(tmp_path/'out')], capture_output=True, text=True)
+    assert done.returncode == 0 and 'best first' in done.stdout, done.stderr
+    assert (tmp_path/'out'/'sweep.png').stat().st_size > 5000 and len((tmp_path/'out'/'trials.csv').read_text().splitlines()) == 3
+    assert len(json.loads((tmp_path/'out'/next(p.name for p in (tmp_path/'out').glob('trial-*'))/'trial.json').read_text())['params']) == 1
