@@ -69,6 +69,7 @@ def test_infer_computes_the_same_with_less():
     assert operations['underdog, both orders'] < 1.95 and operations['underdog, symmetric'] < 1.1
 
 
+@pytest.mark.skipif(not os.environ.get('UNDERDOG_SLOW'), reason='two and a half minutes of starting processes: with UNDERDOG_SLOW=1; kills are in test_resume and test_submit')
 def test_faults_lose_nothing():
     "The short form: a few kills, each followed by a run to the end."
     got = run('faults', '--kills', '2', '--rows', '40')

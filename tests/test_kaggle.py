@@ -329,7 +329,7 @@ def test_keys_are_refused_wherever_they_are(server, hub, tmp_path):
 
 def test_every_kernel_of_ours_is_free_of_keys():
     from underdog.kernels import find_kernel
-    for name in ('train', 'infer', 'blend', 'wheels'):
+    for name in ('train', 'infer', 'blend', 'sweep', 'wheels'):
         path = find_kernel(name)
         assert find_key(path.read_text()) == '' and pushed_notebook(path, {}, dict(push='x'))
 

@@ -20,7 +20,7 @@ from underdog.submit import submit
 from underdog.train import TrainConfig
 
 MODEL = 'models/me/tiny/transformers/llama/1'
-TRAIN = dict(train_csv='me/tiny-data/train.csv', model=MODEL, quantization='none', rank=4, max_length=128, n_folds=3, lr=1e-2, head_lr=1e-2, batch_rows=8, epochs=2.0, evaluations=1, processes=1)
+TRAIN = dict(train_csv='me/tiny-data/train.csv', model=MODEL, quantization='none', rank=4, max_length=128, n_folds=3, lr=1e-2, head_lr=1e-2, batch_rows=8, epochs=2.0, evaluations=1, probe_rows=0, processes=1)
 SLUG = LMSYS.slug
 
 
@@ -88,7 +88,7 @@ def test_from_an_empty_folder_to_a_score(world, kaggle, tmp_path, monkeypatch): 
     monkeypatch.setenv('UNDERDOG_CACHE', str(tmp_path/'cache'))
     base = str(world/'llama')
     here = train(tmp_path/'run', world/'train.csv', ModelConfig(base, quantization='none', rank=4, alpha=16., dropout=0.), PromptConfig(base, max_length=128),
-                 TrainConfig(n_folds=3, lr=1e-2, head_lr=1e-2, batch_rows=8, epochs=2.0, evaluations=1), processes=1)
+                 TrainConfig(n_folds=3, lr=1e-2, head_lr=1e-2, batch_rows=8, epochs=2.0, evaluations=1, probe_rows=0), processes=1)
     there = RunFolder.open(sessions[2].output/'run')
     assert {f.name: f.read_bytes() for f in here.adapter.glob('*.safetensors')} == {f.name: f.read_bytes() for f in there.adapter.glob('*.safetensors')}
     assert there.config['build_id'] == build_id()

@@ -167,7 +167,7 @@ def test_bad_input_stops_before_the_subprocess(world, finished, tmp_path):
     assert not (tmp_path/'run').exists() and not (tmp_path/'out').exists()
 
 
-@pytest.mark.parametrize('kernel', ['train', 'infer', 'blend'])
+@pytest.mark.parametrize('kernel', ['train', 'infer', 'blend', 'sweep', 'wheels'])
 def test_kernels_are_fit_for_kaggle(kernel):
     "One parameters cell with a comment for each parameter, a kernelspec, no stored outputs, nothing like a key."
     path = find_kernel(kernel)

@@ -183,7 +183,7 @@ def command(run, test_csv, sample, out, code='submit(sys.argv[1], sys.argv[2], s
 @pytest.fixture(scope='session')
 def large(tmp_path_factory):
     "A test file that takes a while."
-    return write_sample(tmp_path_factory.mktemp('large'), n_train=20, n_test=350)
+    return write_sample(tmp_path_factory.mktemp('large'), n_train=20, n_test=160)
 
 
 def until_answers(out, process):
@@ -205,18 +205,18 @@ def test_sigterm_publishes_and_sigkill_loses_at_most_what_was_not_published(worl
     until_answers(out, process)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
-    assert process.returncode == 0 and check_submission(out/'submission.csv', LMSYS, sample) == 350
-    first = answered(out, 350)
+    assert process.returncode == 0 and check_submission(out/'submission.csv', LMSYS, sample) == 160
+    first = answered(out, 160)
     process = command(finished.path, large['test.csv'], sample, out)
     time.sleep(.5)
     began = time.monotonic()
-    while process.poll() is None and answered(out, 350) <= first and time.monotonic() - began < 120: time.sleep(.02)
+    while process.poll() is None and answered(out, 160) <= first and time.monotonic() - began < 120: time.sleep(.02)
     for p in [*psutil.Process(process.pid).children(recursive=True), process] if process.poll() is None else []: p.kill()
     process.communicate()
-    assert check_submission(out/'submission.csv', LMSYS, sample) == 350 and answered(out, 350) >= first
+    assert check_submission(out/'submission.csv', LMSYS, sample) == 160 and answered(out, 160) >= first
     done = command(finished.path, large['test.csv'], sample, out)
     text = done.communicate(timeout=300)[0]
-    assert done.returncode == 0 and 'earlier answers' in text and answered(out, 350) == 350
+    assert done.returncode == 0 and 'earlier answers' in text and answered(out, 160) == 160
     whole = infer(finished.path, large['test.csv'], tmp_path/'whole')
     np.testing.assert_allclose(probabilities(pd.read_parquet(out/'predictions.parquet')), probabilities(whole), atol=1e-4)
 
@@ -228,7 +228,7 @@ def test_a_killed_worker_is_replaced(world, finished, large, tmp_path):   # noqa
     workers = [p for p in child.children() if 'spawn_main' in ' '.join(p.cmdline())]
     if workers: workers[-1].kill()
     text = process.communicate(timeout=300)[0]
-    assert process.returncode == 0 and answered(tmp_path/'out', 350) == 350 and (not workers or 'it starts again' in text)
+    assert process.returncode == 0 and answered(tmp_path/'out', 160) == 160 and (not workers or 'it starts again' in text)
 
 
 def test_the_second_of_two_starts_is_refused(world, finished, tmp_path):   # noqa: F811

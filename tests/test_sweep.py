@@ -115,3 +115,17 @@ def test_the_command(tmp_path, kernel):
     assert done.returncode == 0 and 'best first' in done.stdout, done.stderr
     assert (tmp_path/'out'/'sweep.png').stat().st_size > 5000 and len((tmp_path/'out'/'trials.csv').read_text().splitlines()) == 3
     assert len(json.loads((tmp_path/'out'/next(p.name for p in (tmp_path/'out').glob('trial-*'))/'trial.json').read_text())['params']) == 1
+
+
+def test_the_sweep_kernel_goes_on_in_the_next_session(tmp_path, kernel, monkeypatch):
+    "Under papermill, as on Kaggle; the second session has only the output of the first, which it does not touch."
+    from underdog.kernels import run_kernel
+    file = write(tmp_path, kernel)
+    run_kernel('sweep', dict(sweep=str(file), out=str(tmp_path/'first'), time_limit='0.002'), tmp_path/'nb')
+    before = {p: p.read_bytes() for p in (tmp_path/'first').rglob('*') if p.is_file()}
+    assert 0 < len(list((tmp_path/'first').glob('trial-*'))) < 4
+    run_kernel('sweep', dict(sweep=str(file), out=str(tmp_path/'second'), resume_from=str(tmp_path/'first')), tmp_path/'nb')
+    table = trials_table(study_of(read_sweep(file), tmp_path/'second'))
+    assert (table['state'] == 'complete').sum() == 4 and table['trial'].is_unique
+    assert before == {p: p.read_bytes() for p in (tmp_path/'first').rglob('*') if p.is_file()}
+    assert ends(table) == ends(run_sweep(read_sweep(file), tmp_path/'whole', say=lambda s: None))

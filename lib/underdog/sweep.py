@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Sweep', 'read_sweep', 'checked_range', 'study_of', 'state_of', 'distributions', 'folder_of', 'suggest', 'curve',
-           'falls_behind', 'run_trial', 'abandon', 'run_sweep', 'locked_asking', 'trials_table', 'plot_sweep',
-           'write_figures']
+           'falls_behind', 'run_trial', 'abandon', 'run_sweep', 'locked_asking', 'trials_table', 'take_over',
+           'plot_sweep', 'write_figures']
 
-# %% ../../nbs/10_sweep.ipynb #0ab991b2
-import json, math, signal, subprocess, sys, time
+# %% ../../nbs/10_sweep.ipynb #d6b58461
+import json, math, shutil, signal, subprocess, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import product
@@ -18,7 +18,7 @@ from .core import RunFolder, UserError, atomic_path, fingerprint, nearest, write
 from .kernels import check_parameters, find_kernel, kernel_parameters
 from .session import locked, span
 
-# %% ../../nbs/10_sweep.ipynb #e6b187e0
+# %% ../../nbs/10_sweep.ipynb #5ef4541d
 @dataclass(frozen=True)
 class Sweep:
     "What a sweep file says; checked against the parameters of the kernel."
@@ -75,7 +75,7 @@ def checked_range(kernel, name, given):
     if log and low <= 0: raise UserError(f'{name}: a logarithmic range begins above 0')
     return dict(low=low, high=high, log=log)
 
-# %% ../../nbs/10_sweep.ipynb #1ee7f252
+# %% ../../nbs/10_sweep.ipynb #6134bd6f
 def study_of(sweep, out):
     "The Optuna study in `out`/journal.log, made if there is none; `UserError` for the journal of another sweep."
     import optuna
@@ -120,7 +120,7 @@ def suggest(sweep, study, tries=50):
         study.tell(trial, state=TrialState.FAIL)
     return None
 
-# %% ../../nbs/10_sweep.ipynb #53fe1f8f
+# %% ../../nbs/10_sweep.ipynb #561d113c
 def curve(run):
     "[(step, held-out log loss)] of a run so far."
     table = RunFolder(Path(run)).metrics()
@@ -178,7 +178,7 @@ def _outcome(study, trial, run, folder, code, stopped, seconds):
     else: study.tell(trial, state=TrialState.FAIL)
     return state
 
-# %% ../../nbs/10_sweep.ipynb #e578f3d6
+# %% ../../nbs/10_sweep.ipynb #9dd7b4b8
 def abandon(study, out):
     "Mark as interrupted the running trials in whose folders nobody works any more."
     from optuna.trial import TrialState
@@ -226,7 +226,16 @@ def trials_table(study):
             rows[folder_of(t.params)] = dict(trial=folder_of(t.params), **t.params, state=state, loss=min(curve) if curve and state == 'complete' else curve[-1] if curve else math.nan, evaluations=len(curve), seconds=t.user_attrs.get('seconds', math.nan), why=t.user_attrs.get('why', ''))
     return pd.DataFrame(list(rows.values()), columns=None if rows else ['trial', 'state', 'loss', 'evaluations', 'seconds', 'why'])
 
-# %% ../../nbs/10_sweep.ipynb #8751889b
+def take_over(earlier, out):
+    "Copy the sweep in the folder `earlier`, which may be read-only, to `out`, unless one is there already."
+    if not (Path(earlier)/'journal.log').is_file(): raise UserError(f'{earlier}: no sweep (no journal.log); give the folder that the last session wrote')
+    for f in sorted(Path(earlier).rglob('*')):
+        target = Path(out)/f.relative_to(earlier)
+        if not f.is_file() or target.exists() or f.name == '.lock': continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(f, target)
+
+# %% ../../nbs/10_sweep.ipynb #75683357
 def plot_sweep(table, space):
     "Learning curves are in the runs; here: each parameter against the loss, and the loss against the time it took."
     from matplotlib.figure import Figure

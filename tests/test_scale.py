@@ -1,0 +1,83 @@
+"The law of small runs: exact without noise, honest with it, silent where there is nothing but noise; and read from real run folders."
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_pipeline import finished, world   # noqa: F401  (fixtures)
+
+from underdog.core import RunFolder, UserError, write_json
+from underdog.scale import Points, check_points, compare, extrapolate_lr, find_runs, fit_laws, law, plot_laws, points_of, predict, run_point
+
+SIZES = np.array([1000., 2000, 4000, 8000])
+
+
+@given(st.floats(.5, 1.), st.floats(.5, 5.), st.floats(.2, .9))
+def test_a_law_without_noise_is_found(a, b, c):
+    got = fit_laws(SIZES, law(a, b, c, SIZES)[None], np.full(4, .001))
+    assert abs(law(*(x[0] for x in got), 50_000) - law(a, b, c, 50_000)) < 5e-3
+
+
+@pytest.mark.parametrize('level', [.5, .9])
+def test_intervals_hold_what_they_promise(level):
+    "The largest size is held out: over many laws and draws of the noise the interval covers it at its nominal rate."
+    rng, inside = np.random.default_rng(7), []
+    for i in range(250):
+        truth = rng.uniform(.8, .95), rng.uniform(1., 4.), rng.uniform(.25, .6)
+        se = np.full(4, rng.uniform(.001, .004))
+        p = Points('x', SIZES, law(*truth, SIZES) + rng.normal(size=4)*se, se)
+        try: q = predict(p, 32_000, draws=200, level=level, seed=i)
+        except UserError: continue
+        inside.append(q.low <= law(*truth, 32_000) <= q.high)
+    assert len(inside) > 150 and level - .08 < np.mean(inside) < level + .15
+
+
+def test_noise_is_refused_and_too_few_sizes(): 
+    se = np.full(4, .004)
+    for loss, message in ((np.array([1., .999, .998, .997]), 'that is noise'), (np.array([1., 1.01, 1.02, 1.03]), 'that is noise'), (np.array([1., np.nan, .9, .8]), 'finite')):
+        with pytest.raises(UserError, match=message): check_points(Points('x', SIZES, loss, se))
+    with pytest.raises(UserError, match='three different ones'): check_points(Points('x', SIZES[[0, 0, 1, 1]], np.array([1., 1., .9, .9]), se))
+
+
+def test_the_setting_that_wins_later_is_found_and_a_tie_is_said():
+    early, late = Points('early', SIZES, law(.95, 3., .5, SIZES), np.full(4, .001)), Points('late', SIZES, law(.9, 6., .5, SIZES), np.full(4, .001))
+    assert early.loss[0] < late.loss[0]
+    table = compare([early, late], 57_477, draws=300)
+    assert table['setting'][0] == 'late' and table['best'][0] > .95 and table['best'].sum() == pytest.approx(1)
+    noisy = [Points(n, SIZES, law(.9, 3., .5, SIZES) + d, np.full(4, .004)) for n, d in (('x', 0.), ('y', .0005))]
+    assert compare(noisy, 57_477, draws=300)['best'].max() < .9
+    assert len(plot_laws([early, late], 57_477).axes[0].lines) >= 2
+
+
+def test_learning_rates():
+    assert extrapolate_lr([1000, 2000, 4000], [4e-4, 4e-4, 4e-4], 64_000) == pytest.approx(4e-4)
+    assert extrapolate_lr([1000, 4000], [4e-4, 2e-4], 16_000, batch=16, at_batch=64) == pytest.approx(2e-4)
+    with pytest.raises(UserError, match='at two sizes'): extrapolate_lr([1000, 1000], [4e-4, 2e-4], 16_000)
+
+
+def test_points_are_read_from_run_folders(finished, tmp_path):   # noqa: F811
+    "A real run; two more of it that say they learned from more rows and did better."
+    shown, n, loss, se, hours = run_point(finished.path)
+    scores = finished.metrics()['eval_loss'].dropna().iloc[-1]
+    assert n == 42 - 2 or n > 30
+    assert abs(loss - scores) < 1e-6 and 0 < se < .5 and hours > 0
+    import pandas as pd
+    for k, lower in ((1, 0.), (2, .1), (4, .17)):
+        to = tmp_path/f'run{k}'
+        shutil.copytree(finished.path, to)
+        rows = pd.read_parquet(to/'rows.parquet')
+        pd.concat([rows]*k).to_parquet(to/'rows.parquet')
+        oof = pd.read_parquet(to/'oof.parquet')
+        y, p = oof[['y_a', 'y_b', 'y_tie']].to_numpy(), oof[['p_a', 'p_b', 'p_tie']].to_numpy()
+        oof[['p_a', 'p_b', 'p_tie']] = (1 - 2*lower)*p + 2*lower*y
+        oof.to_parquet(to/'oof.parquet')
+    points, = points_of(find_runs([tmp_path]))
+    assert points.setting == 'all runs' and len(points.n) == 3 and (np.diff(points.loss) < 0).all()
+    other = tmp_path/'other'
+    shutil.copytree(finished.path, other)
+    write_json(other/'config.json', finished.config | dict(train=finished.config['train'] | dict(lr=.5)))
+    assert sorted(p.setting for p in points_of(find_runs([tmp_path]))) == ['lr=0.01', 'lr=0.5']
+    RunFolder(other).set_status('paused')
+    with pytest.raises(UserError, match='only finished runs'): points_of([other])
+    with pytest.raises(UserError, match='no run folder there'): find_runs([tmp_path/'nothing'])
