@@ -131,6 +131,7 @@ class KaggleServer:
         self.seen, self.faults, self.lock = [], {}, threading.RLock()
         self.processing, self.queue_s, self.layout, self.extract = 1, 0., 'new', True   # status looks until a dataset is ready, seconds in the queue, /kaggle/input as of 'new' or 'old', are archives unpacked
         self.stale_mounts, self.stale_s, self.status_lag, self.stop_at = 0, 1., 0, {}   # mounts that show the version before for stale_s; looks that show the status of the version before; {kernel: training steps}
+        self.flat_listing, self.zip_downloads = False, False                             # does a listing of files leave out their folders? are downloads compressed?
         self.extra_output, self.broken_datasets = [], False                              # files that an output lists besides its own; does processing of datasets fail?
         self.used_s, self.total_s, self.slots, self.clock_factor = 0., 30*3600, 2, 1.    # of the GPU quota; seconds it counts for one of ours
         self.replace_shape, self.cut_upload, self.refuse = None, 0, ''                    # what every machine shape becomes; uploads that break off half-way; an error for every push
@@ -230,6 +231,7 @@ class KaggleServer:
             if f.suffix == '.zip' and self.extract:
                 with zipfile.ZipFile(f) as z: rows += [dict(name=f'{f.stem}/{i.filename}', totalBytes=i.file_size, ref=ref) for i in z.infolist() if not i.is_dir()]
             else: rows.append(dict(name=f.name, totalBytes=f.stat().st_size, ref=ref))
+        if self.flat_listing: rows = [r | dict(name=r['name'].split('/')[-1]) for r in rows]
         at, size = int(r.get('pageToken') or 0), r.get('pageSize') or 20
         return dict(datasetFiles=rows[at:at + size], nextPageToken=str(at + size) if at + size < len(rows) else '')
 
@@ -237,6 +239,11 @@ class KaggleServer:
         ref, dataset = self._dataset(r)
         path = dataset['versions'][self._shown(dataset) - 1]/r['fileName']
         if not path.is_file(): raise KaggleError(404, 'Not found')
+        if self.zip_downloads:
+            zipped = self.root/'zipped'/f'{path.name}.zip'
+            zipped.parent.mkdir(exist_ok=True)
+            with zipfile.ZipFile(zipped, 'w') as z: z.write(path, path.name)
+            path = zipped
         return Redirect(f'{self.url}/files/{path.relative_to(self.root)}')
 
     # ---- models

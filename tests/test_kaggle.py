@@ -155,6 +155,12 @@ def test_a_dataset_is_sent_once_and_again_when_it_changed(server, hub, tmp_path)
     assert (second.version, second.sent) == (2, True) and remote_manifest(hub, 'me/some-data')['hash'] == second.hash
 
 
+@pytest.mark.parametrize('knob', ['flat_listing', 'zip_downloads'])
+def test_other_ways_of_kaggle_to_show_the_same(server, hub, tmp_path, knob):
+    setattr(server, knob, True)
+    assert ship(hub, data(tmp_path/'d'), 'some-data').sent and not ship(hub, tmp_path/'d', 'some-data').sent
+
+
 def test_a_version_is_not_sent_while_the_one_before_is_processed(server, hub, tmp_path):
     ship(hub, data(tmp_path/'d'), 'some-data')
     server.datasets['me/some-data']['polls'] = 4   # somebody's earlier version
@@ -392,3 +398,26 @@ def test_no_test_reaches_another_machine(tmp_path):
 def test_a_test_kernel_cannot_import_the_checkout(tmp_path):
     done = subprocess.run([sys.executable, '-c', 'import underdog'], env=dict(os.environ, UNDERDOG_TEST_KERNEL='1', UNDERDOG_KAGGLE=str(tmp_path)), capture_output=True, text=True, cwd=tmp_path)
     assert "No module named 'underdog'" in done.stderr
+
+
+def test_the_commands_push_wait_show_and_pull(server, tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from underdog.cli import app
+    monkeypatch.chdir(tmp_path)
+    run = lambda *args: CliRunner().invoke(app, list(args))
+    assert run('bundle', '--no-wheels', '--poll', '.05').exit_code == 0
+    k = notebook(tmp_path/'k.ipynb', 'import underdog\nopen("n.txt", "w").write(str(n))\nassert n < 5, "n is large"')
+    push_it = lambda n: run('push', str(k), '-p', f'n={n}', '--slug', 'small-kernel', '--no-wheels', '--wait', '--poll', '.05')
+    good, bad = push_it(3), push_it(7)
+    assert good.exit_code == 0 and 'version 1 on NvidiaTeslaT4' in good.output
+    assert 'error: AssertionError: n is large' in str(bad.exception)
+    shown = run('status', 'small-kernel')
+    assert shown.exit_code == 0, shown.exception
+    said = shown.output
+    assert 'ERROR' in said and 'n is large' in said
+    assert 'underdog: proved' in run('logs', 'small-kernel').output
+    assert [e['state'] for e in ledger()] == ['COMPLETE', 'ERROR'] and run('quota').output.count('small-kernel') == 2
+    (tmp_path/'k2.ipynb').write_text(k.read_text())
+    assert run('push', str(tmp_path/'k2.ipynb'), '--slug', 'small-kernel', '--no-wheels', '--wait', '--poll', '.05').exit_code == 0 and run('pull', 'small-kernel').exit_code == 0
+    assert (tmp_path/'runs'/'small-kernel'/'n.txt').read_text() == '1'

@@ -7,8 +7,8 @@ __all__ = ['MANIFEST', 'KEYS', 'SECRET_FILES', 'PICKLES', 'TEXTS', 'LIBRARY', 'W
            'check_contents', 'library_bundle', 'stage', 'check_slug', 'dataset_state', 'dataset_files',
            'remote_manifest', 'missing_files', 'Shipped', 'ship', 'shipped_library', 'ship_model']
 
-# %% ../../nbs/11a_ship.ipynb #11bd060b
-import json, re, shutil, tempfile, time
+# %% ../../nbs/11a_ship.ipynb #af6530d0
+import json, re, shutil, tempfile, time, zipfile
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -17,7 +17,7 @@ from pathlib import Path
 from .core import UserError, build_id, cache_folder, file_hash, fingerprint, write_json
 from .hub import Refused
 
-# %% ../../nbs/11a_ship.ipynb #3a99474d
+# %% ../../nbs/11a_ship.ipynb #79885af5
 MANIFEST = 'bundle.json'
 
 def files_of(folder):
@@ -32,7 +32,7 @@ def manifest(folder, **more):
     if not files: raise UserError(f'{folder}: no files to ship')
     return dict(more, hash=fingerprint(files), files=files)
 
-# %% ../../nbs/11a_ship.ipynb #703e25b8
+# %% ../../nbs/11a_ship.ipynb #4954fdb7
 KEYS = re.compile('|'.join((r'KGAT_\w{16,}', r'hf_[A-Za-z0-9]{20,}', r'gh[pousr]_[A-Za-z0-9]{30,}', r'github_pat_\w{20,}', r'sk-[A-Za-z0-9_-]{20,}', r'AKIA[0-9A-Z]{16}', r'AIza[\w-]{35}', r'xox[baprs]-[\w-]{10,}', r'-----BEGIN [A-Z ]*PRIVATE KEY',
                             r"""key\\?["']\s*:\s*\\?["'][0-9a-f]{32}""", r"""(?:api_?key|secret|token|password|passwd|KAGGLE_KEY)\\?["']?\]?\s*[:=]\s*\\?["'](?=[^"']*\d)[A-Za-z0-9_\-./+]{16,}\\?["']""")), re.I)
 SECRET_FILES = ('kaggle.json', 'access_token', 'access_token.txt', '.env', '.netrc', 'credentials', 'credentials.json', 'id_rsa', 'id_ed25519')
@@ -53,7 +53,7 @@ def check_contents(folder):
             raise UserError(f'{f}: a pickle runs code when it is opened; save the model with safetensors (save_pretrained does), and remove this file')
         if f.suffix.lower() in TEXTS and f.stat().st_size < 5e6 and (where := find_key(f.read_text('utf-8', 'replace'))): raise UserError(f'{f}: {where} looks like a key; remove it, and make a new one if it was real')
 
-# %% ../../nbs/11a_ship.ipynb #d77286cb
+# %% ../../nbs/11a_ship.ipynb #8d3b5dd8
 def library_bundle(out):
     "Write a clean copy of this library to `out`/underdog, and of its kernels to `out`/nbs/kernels, where a sweep looks for them; returns its manifest."
     import underdog
@@ -68,7 +68,7 @@ def library_bundle(out):
         shutil.copyfile(f, out/'nbs'/'kernels'/f.name)
     return manifest(out, build=build_id())
 
-# %% ../../nbs/11a_ship.ipynb #a68c235b
+# %% ../../nbs/11a_ship.ipynb #2fb7f472
 def stage(folder, ref, title, bundle, licence='other'):
     "A folder for the client: links to the entries of `folder`, the manifest and dataset-metadata.json."
     target = cache_folder()/'ship'/ref.replace('/', '-')
@@ -86,7 +86,7 @@ def check_slug(slug, title):
     if not 6 <= len(title) <= 50: raise UserError(f'title {title!r}: 6 to 50 characters wanted')
     return title
 
-# %% ../../nbs/11a_ship.ipynb #399a92eb
+# %% ../../nbs/11a_ship.ipynb #f4b8a9e1
 def dataset_state(hub, ref):
     "(version, status) of a dataset; (0, '') where there is none."
     try: found = json.loads(hub.call(f'status of {ref}', hub.api.dataset_status, ref, format='json'))
@@ -110,17 +110,20 @@ def remote_manifest(hub, ref):
         except Refused as e:
             if e.kind == 'missing': return {}
             raise
-        found = Path(folder)/MANIFEST
-        try: return json.loads(found.read_text())
-        except (OSError, ValueError): return {}
+        try:
+            found = next(Path(folder).iterdir())
+            if not zipfile.is_zipfile(found): return json.loads(found.read_text())
+            with zipfile.ZipFile(found) as z: return json.loads(z.read(z.namelist()[0]))   # Kaggle compresses some downloads
+        except (OSError, ValueError, StopIteration): return {}
 
 def missing_files(hub, ref, bundle):
     "Names of `bundle` that the newest version lacks or has in another size; an archive that is not unpacked counts as its files."
     there = dataset_files(hub, ref)
     archived = {Path(n).stem for n in there if n.endswith('.zip') and '/' not in n}
+    if not any('/' in n for n in there) and not archived: return [n for n in bundle['files'] if Path(n).name not in there]   # a listing without folders
     return [n for n, (size, _) in bundle['files'].items() if not (n in there and there[n] in (size, None) or n not in there and '/' in n and n.split('/')[0] in archived)]
 
-# %% ../../nbs/11a_ship.ipynb #ddfa45f5
+# %% ../../nbs/11a_ship.ipynb #158bcef9
 @dataclass(frozen=True)
 class Shipped:
     "A dataset or model as it is on Kaggle: `sent` is False where it was there already."
@@ -159,7 +162,7 @@ def _arrived(hub, ref, before):
 
 def _quiet(bundle): return sum(size for size, _ in bundle['files'].values()) < 2e7   # a progress bar where there is something to wait for
 
-# %% ../../nbs/11a_ship.ipynb #9f8f6a6c
+# %% ../../nbs/11a_ship.ipynb #63d45c4c
 LIBRARY, WHEELS = 'underdog-lib', 'underdog-wheels'
 
 def shipped_library(hub, library=LIBRARY, wheels=WHEELS):
@@ -172,7 +175,7 @@ def shipped_library(hub, library=LIBRARY, wheels=WHEELS):
     if there['hash'] != here['hash']: raise UserError(f"{hub.ref(library)} holds build {there.get('build')}, here is {here['build']}; send it with `underdog bundle`, then push")
     return {ref: bundle['hash'] for ref, bundle in found.items()}
 
-# %% ../../nbs/11a_ship.ipynb #a8ad2fab
+# %% ../../nbs/11a_ship.ipynb #1784cf89
 def ship_model(hub, folder, ref, licence='Other', limit_s=3600.):
     "Make the newest version of the Kaggle model `ref` (owner/model/framework/variation) hold `folder`; the model is made, privately, if there is none. Returns `Shipped`, whose ref has the version."
     parts = ref.split('/')

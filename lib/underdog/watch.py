@@ -6,7 +6,7 @@
 __all__ = ['BAR', 'ERROR', 'OVER', 'follow', 'log_now', 'lines_of', 'progress_of', 'failure_of', 'push_id', 'State', 'status_of',
            'look', 'wait', 'outputs', 'pull', 'Quota', 'quota', 'home', 'note', 'ledger']
 
-# %% ../../nbs/11d_watch.ipynb #b8fd4743
+# %% ../../nbs/11d_watch.ipynb #b8cbf694
 import json, os, re, tempfile, threading, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from pathlib import Path
 from .core import UserError, atomic_write, read_json
 from .hub import Refused, download, inside
 
-# %% ../../nbs/11d_watch.ipynb #2f0cdadd
+# %% ../../nbs/11d_watch.ipynb #f84177e1
 def follow(hub, ref, failures=5):
     "Events ({data, time}) of the log as they come, until the run is over; after a cut connection it goes on where it was."
     seen, cut = 0, 0
@@ -67,7 +67,7 @@ def push_id(lines):
     "Of which push this log is: the first cell says it."
     return next((line.split()[-1] for line in lines if line.startswith('underdog: push ')), '')
 
-# %% ../../nbs/11d_watch.ipynb #a10c0550
+# %% ../../nbs/11d_watch.ipynb #16576522
 OVER = ('COMPLETE', 'ERROR', 'CANCEL_ACKNOWLEDGED')
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def wait(hub, ref, push_id='', version=0, limit_s=13*3600., say=lambda state: No
         return state
     return hub.until(f'{ref} is running', done, limit_s)
 
-# %% ../../nbs/11d_watch.ipynb #b0283f89
+# %% ../../nbs/11d_watch.ipynb #7c7ede28
 def outputs(hub, ref, version=0):
     "({name: address} of the files, log text) of a version, the newest if 0."
     from kagglesdk.kernels.types.kernels_api_service import ApiListKernelSessionOutputRequest
@@ -161,7 +161,7 @@ def _output_of(hub, ref, push_id):
         download(hub, files['underdog.json'], Path(folder)/'underdog.json', bar=False)
         return (files, log) if read_json(Path(folder)/'underdog.json').get('push') == push_id else None
 
-# %% ../../nbs/11d_watch.ipynb #9007e2a8
+# %% ../../nbs/11d_watch.ipynb #ccd0b676
 @dataclass(frozen=True)
 class Quota:
     "GPU hours of this week."
@@ -189,7 +189,7 @@ def note(**entry):
     "Append to the ledger what is known of a run: kernel, version, push, and what came of it."
     file = home()/'ledger.jsonl'
     file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, 'a') as f: f.write(json.dumps(dict(time=time.strftime('%Y-%m-%d %H:%M'), **entry)) + '\n')
+    with open(file, 'a') as f: f.write(json.dumps(dict(time=time.strftime('%Y-%m-%d %H:%M')) | entry) + '\n')
 
 def ledger():
     "An entry for each push, oldest first, with what was noted last; a half-written line is left out."
