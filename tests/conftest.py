@@ -18,6 +18,9 @@ _spec = importlib.util.spec_from_file_location('offline', OFFLINE/'sitecustomize
 _spec.loader.exec_module(importlib.util.module_from_spec(_spec))
 
 
+slow = pytest.mark.skipif(not os.environ.get('UNDERDOG_SLOW'), reason='most of a minute of starting processes; what it tests is tested in smaller parts, too: UNDERDOG_SLOW=1 runs it')
+
+
 @pytest.fixture(scope='session')
 def shared_data():
     "The folder of real preference data beside the checkout; tests that need it are skipped where it is not."

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from transformers import TrainingArguments
 import torch
-from conftest import REPO
+from conftest import REPO, slow
 
 sys.path.insert(0, str(REPO))
 from benchmarks import common, gpu   # noqa: E402
@@ -61,6 +61,7 @@ def test_train_computes_the_same_with_less():
     for peer, least in {'Trainer, default': 2, 'Trainer, group_by_length': 1.1, 'Trainer, k-bit recipe': 3.5}.items(): assert got['operations_over_ours'][peer] > least
 
 
+@slow
 def test_infer_computes_the_same_with_less():
     got = run('infer', '--rounds', '1', '--rows', '16')
     assert {'vs_file_order', 'vs_sorted', 'both_orders_cost', 'symmetric_cost', 'two_worker_speedup'} <= set(got)
@@ -69,7 +70,7 @@ def test_infer_computes_the_same_with_less():
     assert operations['underdog, both orders'] < 1.95 and operations['underdog, symmetric'] < 1.1
 
 
-@pytest.mark.skipif(not os.environ.get('UNDERDOG_SLOW'), reason='two and a half minutes of starting processes: with UNDERDOG_SLOW=1; kills are in test_resume and test_submit')
+@slow
 def test_faults_lose_nothing():
     "The short form: a few kills, each followed by a run to the end."
     got = run('faults', '--kills', '2', '--rows', '40')

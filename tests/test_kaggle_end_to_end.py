@@ -105,7 +105,7 @@ def test_from_an_empty_folder_to_a_score(world, kaggle, tmp_path, monkeypatch): 
     theirs = pd.read_csv(scored/'submission.csv')
     pd.testing.assert_frame_equal(mine, theirs)
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path/'pred'/'predictions.parquet')[P], pd.read_parquet(scored/'predictions'/'predictions.parquet')[P])
-    assert f"{server._submission(server.submissions[0])['publicScore'][:6]}" in said
+    assert f"{float(server._submission(server.submissions[0])['publicScore']):.4f}" in said
 
     # what is left to read
     said = underdog(server, root, 'status')

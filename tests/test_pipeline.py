@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import slow
 from test_model import family_config
 from test_prompt import CHATML, make_tokenizer
 
@@ -68,7 +69,7 @@ def test_kernels_from_train_csv_to_submission(world, tmp_path):
     assert not any(o.output_type == 'error' for c in nbformat.read(done, 4).cells for o in c.get('outputs', []))
 
 
-@pytest.mark.parametrize('family,head,quantization,orders,start', [('llama', 'joint', 'int8', 'both', 'none'), ('bert', 'joint', 'none', 'random', 'floors'), ('deberta', 'pair', 'none', 'random', 'none')])
+@pytest.mark.parametrize('family,head,quantization,orders,start', [('llama', 'joint', 'int8', 'both', 'none'), ('bert', 'joint', 'none', 'random', 'floors'), pytest.param('deberta', 'pair', 'none', 'random', 'none', marks=slow)])
 def test_precisions_heads_and_backbones_train_and_obey_the_law_of_tta(world, tmp_path, family, head, quantization, orders, start):
     "Every kind of run trains; predictions of the exchanged test file are the exchanged predictions."
     run = small_run(world, tmp_path/'run', family, head, quantization, orders=orders, start=start)

@@ -12,6 +12,7 @@ import pandas as pd
 import psutil
 import pytest
 import torch
+from conftest import slow
 from safetensors.torch import load_file, save_file
 from test_pipeline import finished, probabilities, small_run, world   # noqa: F401 (fixtures)
 
@@ -221,6 +222,7 @@ def test_sigterm_publishes_and_sigkill_loses_at_most_what_was_not_published(worl
     np.testing.assert_allclose(probabilities(pd.read_parquet(out/'predictions.parquet')), probabilities(whole), atol=1e-4)
 
 
+@slow
 def test_a_killed_worker_is_replaced(world, finished, large, tmp_path):   # noqa: F811
     process = command(finished.path, large['test.csv'], large['sample_submission.csv'], tmp_path/'out')
     until_answers(tmp_path/'out', process)
