@@ -6,7 +6,7 @@
 __all__ = ['Params', 'Shape', 'Gpus', 'Extra', 'Image', 'Public', 'Wheels', 'Poll', 'Name', 'COMMANDS', 'bundle', 'push',
            'status', 'logs', 'pull', 'quota', 'relay', 'submit']
 
-# %% ../../nbs/12e_remote.ipynb #acf82087
+# %% ../../nbs/12e_remote.ipynb #222e9494
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +16,7 @@ import typer
 from .core import UserError
 from .terminal import params, table
 
-# %% ../../nbs/12e_remote.ipynb #1d5c3a9d
+# %% ../../nbs/12e_remote.ipynb #6b7e8585
 Params = Annotated[list[str] | None, typer.Option('-p', '--param', help='key=value of the kernel, may be repeated; inputs as they are mounted: owner/slug/file, competitions/slug/file, models/owner/model/framework/variation/version, notebooks/owner/slug/folder', show_default=False)]
 Shape = Annotated[str, typer.Option(help='machine: NvidiaTeslaT4 (2 x T4), NvidiaL4, …; "" has no GPU and costs no quota')]
 Gpus = Annotated[int, typer.Option(help='GPUs that the first cell insists on; -1: two on NvidiaTeslaT4, none without a shape, else one')]
@@ -41,7 +41,7 @@ def _settings(hub, shape, gpus, source, docker_image, wheels, public=0, **more):
     gpus = gpus if gpus >= 0 else 2 if shape == 'NvidiaTeslaT4' else int(bool(shape))
     return Push(shape=shape, gpus=gpus, sources=tuple(source or ()), docker_image=docker_image, public=_asked_twice(public), bundles=shipped_library(hub, LIBRARY, WHEELS if wheels else ''), wheels=hub.ref(WHEELS) if wheels else '', **more)
 
-# %% ../../nbs/12e_remote.ipynb #2278bceb
+# %% ../../nbs/12e_remote.ipynb #05c32fbc
 def bundle(folder: Annotated[Path | None, typer.Option(help='send this folder instead: a base model, a run, data', show_default=False)] = None, slug: Annotated[str, typer.Option(help='dataset that becomes of the folder')] = '',
            model: Annotated[str, typer.Option(help='send the folder to Kaggle Models instead: owner/model/framework/variation')] = '', wheels: Annotated[bool, typer.Option(help='send the wheels that the image lacks, too')] = True,
            dry_run: Annotated[bool, typer.Option('--dry-run', help='build and try everything, send nothing')] = False, public: Public = 0, poll: Poll = 15.):
@@ -87,7 +87,7 @@ def _wait(hub, done):
     note(kernel=done.ref, version=done.version, push=done.id, state=state.status, why=state.why, hours=round(state.hours, 3))
     if state.status != 'COMPLETE': raise UserError(f'{done.ref}: {state.status.lower()}: {state.why}')
 
-# %% ../../nbs/12e_remote.ipynb #83e99329
+# %% ../../nbs/12e_remote.ipynb #8d351c2a
 def status(kernel: Annotated[str, typer.Argument(help='kernel: slug, or owner/slug; nothing: all that the ledger knows', show_default=False)] = '', last: Annotated[int, typer.Option(help='entries of the ledger')] = 10, poll: Poll = 15.):
     "What a kernel is doing: status, progress by its own log, and of a failure the last line of the traceback."
     from underdog.watch import OVER, ledger, look, note
@@ -103,7 +103,7 @@ def status(kernel: Annotated[str, typer.Argument(help='kernel: slug, or owner/sl
                 e |= dict(state=s.status, why=s.why, hours=round(s.hours, 3))
                 progress = s.progress
                 if s.over and e.get('push'): note(**e)
-        rows.append((e['kernel'], e.get('version'), e.get('state', ''), progress or e.get('why', ''), f"{e['hours']:.2f}" if e.get('hours') else ''))
+        rows.append((e['kernel'], e.get('version'), e.get('state', ''), progress or e.get('why', ''), f"{e['hours']:.2f}" if 'hours' in e else ''))
     table('kernels', ['kernel', 'version', 'state', 'progress or failure', 'hours'], rows)
 
 def logs(kernel: Name, follow: Annotated[bool, typer.Option('-f', '--follow', help='go on until it is over')] = False):
@@ -126,9 +126,9 @@ def quota():
     from underdog.watch import ledger, quota as ask
     q = ask(_hub())
     table(f'GPU quota; it resets {q.resets}', ['', 'hours'], [('used', f'{q.used:.2f}'), ('reserved by running sessions', f'{q.reserved:.2f}'), ('left', f'{q.left:.2f}'), ('of', f'{q.total:.2f}')])
-    if spent := [e for e in ledger() if e.get('hours')]: table('ledger', ['kernel', 'version', 'when', 'state', 'hours'], [(e['kernel'], e.get('version'), e['time'], e.get('state', ''), f"{e['hours']:.2f}") for e in spent[-10:]])
+    if spent := [e for e in ledger() if 'hours' in e]: table('ledger', ['kernel', 'version', 'when', 'state', 'hours'], [(e['kernel'], e.get('version'), e['time'], e.get('state', ''), f"{e['hours']:.2f}") for e in spent[-10:]])
 
-# %% ../../nbs/12e_remote.ipynb #3d3e4706
+# %% ../../nbs/12e_remote.ipynb #3b4ee873
 def relay(kernel: Annotated[str, typer.Argument(help='train, or the path of a notebook', show_default=False)], param: Params = None, name: Annotated[str, typer.Option(help='of the relay; its sessions are the kernels name-1, name-2, …')] = 'underdog-relay',
           hours: Annotated[float, typer.Option(help='of one session at most')] = 11.5, shape: Shape = 'NvidiaTeslaT4', gpus: Gpus = -1, source: Extra = None, docker_image: Image = '', wheels: Wheels = True, poll: Poll = 15.):
     """Train in as many sessions as it takes: push, wait, attach the output of the last as the input of the next, go on.
