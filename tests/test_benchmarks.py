@@ -52,6 +52,7 @@ def run(name, *args):
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+@slow
 @pytest.mark.skipif('train_sampling_strategy' not in TrainingArguments.__dataclass_fields__, reason="the peer's samplers are those of later versions of transformers")
 def test_train_computes_the_same_with_less():
     got = run('train', '--quick')

@@ -66,7 +66,9 @@ def test_kernels_from_train_csv_to_submission(world, tmp_path):
     assert set(scores) >= {'prior', 'length', 'tfidf', 'model', 'tta', 'blend', 'rows'}
     run = RunFolder.open(tmp_path/'run')
     assert run.status['state'] == 'finished' and run.config['train']['lr'] == 1e-3 and run.config['model']['quantization'] == 'nf4'
-    assert not any(o.output_type == 'error' for c in nbformat.read(done, 4).cells for o in c.get('outputs', []))
+    outputs = {n: [o for c in nbformat.read(tmp_path/f'{n}.ipynb', 4).cells for o in c.get('outputs', [])] for n in ('train', 'infer', 'blend')}
+    assert done == tmp_path/'blend.ipynb' and not any(o.output_type == 'error' for found in outputs.values() for o in found)
+    assert all(any('image/png' in o.get('data', {}) for o in found) for found in outputs.values())   # figures are seen, not named
 
 
 @pytest.mark.parametrize('family,head,quantization,orders,start', [('llama', 'joint', 'int8', 'both', 'none'), ('bert', 'joint', 'none', 'random', 'floors'), pytest.param('deberta', 'pair', 'none', 'random', 'none', marks=slow)])

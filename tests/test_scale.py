@@ -8,7 +8,10 @@ from hypothesis import strategies as st
 from test_pipeline import finished, world   # noqa: F401  (fixtures)
 
 from underdog.core import RunFolder, UserError, write_json
-from underdog.scale import Points, check_points, compare, extrapolate_lr, find_runs, fit_laws, law, plot_laws, points_of, predict, run_point
+from underdog.data import prompt_groups, read_rows
+from underdog.prepare import with_folds
+from underdog.scale import Points, check_points, compare, extrapolate_lr, find_runs, fit_laws, law, plot_laws, points_of, predict, run_point, standard_errors
+from underdog.train import TrainConfig
 
 SIZES = np.array([1000., 2000, 4000, 8000])
 
@@ -58,10 +61,12 @@ def test_learning_rates():
 
 def test_points_are_read_from_run_folders(finished, tmp_path):   # noqa: F811
     "A real run; two more of it that say they learned from more rows and did better."
-    shown, n, loss, se, hours = run_point(finished.path)
+    shown, n, held, hours = run_point(finished.path)
     scores = finished.metrics()['eval_loss'].dropna().iloc[-1]
-    assert n == 42 - 2 or n > 30
-    assert abs(loss - scores) < 1e-6 and 0 < se < .5 and hours > 0
+    assert n == finished.config['data']['train_rows'] and len(held) == finished.config['data']['rows'] - n
+    assert abs(held['loss'].mean() - scores) < 1e-6 and 0 < standard_errors([held])[0] < .5 and hours > 0
+    assert run_point(finished.path, 'steps')[1] == finished.status['step']
+    with pytest.raises(UserError, match='rows or steps'): points_of([finished.path], 'tokens')
     import pandas as pd
     for k, lower in ((1, 0.), (2, .1), (4, .17)):
         to = tmp_path/f'run{k}'
@@ -81,3 +86,33 @@ def test_points_are_read_from_run_folders(finished, tmp_path):   # noqa: F811
     RunFolder(other).set_status('paused')
     with pytest.raises(UserError, match='only finished runs'): points_of([other])
     with pytest.raises(UserError, match='no run folder there'): find_runs([tmp_path/'nothing'])
+
+
+def test_runs_that_hold_out_the_same_rows_are_compared_row_by_row():
+    "The error of the differences is found: repeated draws of the noise scatter as much as it says, however hard some rows are."
+    import pandas as pd
+    rng, hard, group = np.random.default_rng(0), np.random.default_rng(1).normal(1, .6, 300), np.arange(300)//2
+    draw = lambda: [pd.DataFrame(dict(loss=hard + e, group=group), index=range(300)) for e in np.repeat(rng.normal(0, .05, (4, 150)), 2, 1)]   # rows of a prompt err together
+    drawn = [draw() for _ in range(200)]
+    scatter = np.std([d[0]['loss'].mean() - d[3]['loss'].mean() for d in drawn])/2**.5
+    said = np.mean([standard_errors(d)[0] for d in drawn])
+    assert abs(said/scatter - 1) < .15 and standard_errors(drawn[0][:1])[0] > 5*said
+    other = drawn[0][0].rename(index=lambda i: i + 1)
+    assert standard_errors([drawn[0][0], other])[0] > 5*said   # other rows: nothing is shared
+
+
+@given(st.integers(0, 20), st.floats(.05, .9))
+def test_a_share_holds_out_the_same_rows_and_lies_in_a_larger_one(world, seed, share):   # noqa: F811
+    df, _ = read_rows(world/'train.csv')
+    small, large, whole = (with_folds(df, TrainConfig(n_folds=3, seed=seed, share=s)) for s in (share, (1 + share)/2, 1.))
+    held = lambda d: d[d['fold'] == 0]['id'].tolist()
+    assert held(small) == held(large) == held(whole) and set(small['id']) <= set(large['id']) <= set(whole['id']) == set(df['id'])
+    learned = whole[whole['fold'] != 0]
+    most = prompt_groups(learned)
+    assert share*len(learned) <= len(small) - len(held(small)) <= share*len(learned) + 1 + np.bincount(most).max()
+    assert all((whole['prompt'].map(tuple) == q).sum() == (small['prompt'].map(tuple) == q).sum() for q in set(small['prompt'].map(tuple)))   # whole prompts
+
+
+@pytest.mark.parametrize('share', [0, 1.5, -.1])
+def test_shares_that_are_none(share):
+    with pytest.raises(UserError, match='share='): TrainConfig(share=share)

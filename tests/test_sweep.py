@@ -10,7 +10,7 @@ import nbformat
 import pytest
 
 from underdog.core import UserError
-from underdog.sweep import Sweep, curve, read_sweep, run_sweep, study_of, trials_table
+from underdog.sweep import Sweep, curve, falls_behind, importances, positions, read_sweep, run_sweep, study_of, trials_table, write_figures
 
 PRETEND = '''import json, math, time
 from pathlib import Path
@@ -129,3 +129,23 @@ def test_the_sweep_kernel_goes_on_in_the_next_session(tmp_path, kernel, monkeypa
     assert (table['state'] == 'complete').sum() == 4 and table['trial'].is_unique
     assert before == {p: p.read_bytes() for p in (tmp_path/'first').rglob('*') if p.is_file()}
     assert ends(table) == ends(run_sweep(read_sweep(file), tmp_path/'whole', say=lambda s: None))
+
+
+def test_early_stops_are_successive_halving():
+    known = {k: [.9 + i/10, .8 + i/10, .7 + i/10] for i, k in enumerate('abcd')}
+    assert falls_behind(known, 'x', [1.15]) and not falls_behind(known, 'x', [1.05])   # the better half of five goes on
+    assert falls_behind(known, 'x', [.9, 1.05]) and not falls_behind(known, 'x', [.9, 1., 2.])   # rungs are 1, 2, 4, … evaluations
+    assert not falls_behind(known, 'a', [9.]) and not falls_behind({k: known[k] for k in 'abc'}, 'x', [9.])   # a setting is not its own rival; three say nothing
+
+
+def test_figures_of_every_kind_of_parameter(tmp_path, kernel):
+    "Logarithmic, linear, and a list; the importance is that of the parameter that matters."
+    file = write(tmp_path, kernel, trials=7, search='random', space=dict(lr=dict(low=1e-6, high=1e-2, log=True), rank=[4, 8], fail_above=dict(low=1., high=2.)))
+    sweep = read_sweep(file)
+    table = run_sweep(sweep, tmp_path/'out', say=lambda s: None)
+    weights = importances(study_of(sweep, tmp_path/'out'))
+    assert list(weights)[0] == 'lr' and sum(weights.values()) == pytest.approx(1) and (table['cpu_s'] > .2).all()
+    figure = write_figures(sweep, tmp_path/'out')
+    labels = {ax.get_xlabel() for part in figure.subfigs for ax in part.axes}
+    assert labels >= {'lr', 'rank', 'fail_above', 'importance', 'seconds of CPU', 'evaluation'}
+    assert positions([1e-6, 1e-4, 1e-2], sweep.space['lr'])[0] == pytest.approx([0, .5, 1]) and positions([8, 4], [4, 8])[0] == [1, 0]

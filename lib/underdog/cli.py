@@ -6,7 +6,7 @@
 __all__ = ['app', 'Csv', 'Comp', 'check', 'floors', 'show', 'run', 'sweep', 'scale', 'doctor', 'plan', 'submission', 'demo',
            'main']
 
-# %% ../../nbs/13_cli.ipynb #cbc7ade7
+# %% ../../nbs/13_cli.ipynb #bbc196bc
 import json, sys
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +19,7 @@ from . import remote
 from .core import UserError
 from .terminal import params, table
 
-# %% ../../nbs/13_cli.ipynb #ccdc8aa0
+# %% ../../nbs/13_cli.ipynb #31fd603b
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode='markdown', pretty_exceptions_enable=False,
                   help='Fine-tune an LLM on human preference pairs with a free Kaggle account.\n\nStart with `underdog check train.csv`, then `underdog floors train.csv`, then `underdog run train --list`; `underdog doctor` looks for what is wrong.')
 Csv = Annotated[Path, typer.Argument(help='train.csv or test.csv of a competition (or .parquet)', show_default=False)]
@@ -29,7 +29,7 @@ def _competition(name):
     from underdog.competition import get_competition
     return get_competition(name) if name else None
 
-# %% ../../nbs/13_cli.ipynb #147bbd1d
+# %% ../../nbs/13_cli.ipynb #5cc64593
 @app.command()
 def check(file: Csv, competition: Comp = ''):
     "Read a competition file and print what was found and repaired; a defect is named with its row and column."
@@ -85,24 +85,24 @@ def sweep(file: Annotated[Path, typer.Argument(help='sweep.yaml: kernel, search 
     from underdog.sweep import read_sweep, run_sweep, write_figures
     said = read_sweep(file)
     found = run_sweep(said, out, hours, typer.echo)
-    write_figures(found, said.space, out)
-    names = list(said.space)
-    table(f'{file.name}: best first', ['trial', *names, 'state', 'loss', 'seconds'], [tuple(None if v != v else v for v in r) for r in found.sort_values('loss')[['trial', *names, 'state', 'loss', 'seconds']].itertuples(index=False)])
+    names = ['trial', *said.space, 'state', 'loss', 'seconds', 'gpu_s' if found['gpu_s'].any() else 'cpu_s']
+    table(f'{file.name}: best first', names, [tuple(None if v != v else v for v in r) for r in found.sort_values('loss')[names].itertuples(index=False)])
+    if write_figures(said, out): typer.echo(f"figure: {out/'sweep.png'}; trials: {out/'trials.csv'}")
     for _, r in found[found['state'] == 'failed'].iterrows(): typer.echo(f"{r['trial']} failed: {r['why']}")
 
 @app.command()
-def scale(folders: Annotated[list[Path], typer.Argument(help='run folders, or folders that hold some (a sweep)', show_default=False)], at: Annotated[int, typer.Option(help='rows of the full training')] = 57477,
-          out: Annotated[Path, typer.Option(help='folder for scale.png')] = Path('runs')):
+def scale(folders: Annotated[list[Path], typer.Argument(help='run folders, or folders that hold some (a sweep)', show_default=False)], at: Annotated[int, typer.Option(help='rows of the full training, or its steps')] = 57477,
+          by: Annotated[str, typer.Option(help='what the loss falls with: rows (learned from), or steps, for runs of different epochs')] = 'rows', out: Annotated[Path, typer.Option(help='folder for scale.png')] = Path('runs')):
     """Predict the loss on all of the data from runs on parts of it, for every setting, with intervals; noise is not extrapolated.
 
     Wants runs of the same settings on three sizes of data at least. `best` is the share of the draws in which a setting wins."""
     from underdog.core import atomic_path
     from underdog.scale import compare, find_runs, plot_laws, points_of
-    points = points_of(find_runs(folders))
+    points = points_of(find_runs(folders), by)
     found = compare(points, at)
     names = [c for c in found if found[c].notna().any()]
-    table(f'at {at:,} rows', names, [tuple(None if v != v else v for v in r) for r in found[names].itertuples(index=False)])
-    with atomic_path(out/'scale.png') as tmp: plot_laws(points, at).savefig(tmp, format='png', dpi=130)
+    table(f'at {at:,} {by}', names, [tuple(None if v != v else v for v in r) for r in found[names].itertuples(index=False)])
+    with atomic_path(out/'scale.png') as tmp: plot_laws(points, at, by).savefig(tmp, format='png', dpi=130)
     typer.echo(f"figure: {out/'scale.png'}")
 
 @app.command()
@@ -167,10 +167,10 @@ def demo(out: Annotated[Path, typer.Option(help='folder for everything that is m
     table(f"Held-out log loss, {result['rows']} rows, {result['minutes']} minutes", ['prediction', 'log loss'], [(t, result[k] if result[k] is not None else 'unknown') for k, t in names.items()])
     typer.echo(f"report: {result['report']}\n{json.dumps(result)}")
 
-# %% ../../nbs/13_cli.ipynb #cc3feac9
+# %% ../../nbs/13_cli.ipynb #a43c86c8
 for command in remote.COMMANDS: app.command(rich_help_panel='On Kaggle')(command)
 
-# %% ../../nbs/13_cli.ipynb #ef6a2a4b
+# %% ../../nbs/13_cli.ipynb #3ff6c704
 def _version(value: bool):
     if value:
         from underdog.core import build_id

@@ -6,7 +6,7 @@
 __all__ = ['NEEDED', 'Check', 'check', 'guarded', 'packages', 'gpus', 'no_tensor_cores', 'room', 'imports_offline', 'environment',
            'run_files', 'run_predicts', 'compare', 'run_checks', 'kernel_checks', 'table', 'gate']
 
-# %% ../../nbs/09b_doctor.ipynb #b90855a4
+# %% ../../nbs/09b_doctor.ipynb #8d495013
 import importlib.util, os, shutil, subprocess, sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -26,7 +26,7 @@ from .prepare import columns
 from .prompt import COLUMNS
 from .workers import Workers
 
-# %% ../../nbs/09b_doctor.ipynb #367b256c
+# %% ../../nbs/09b_doctor.ipynb #88b628c0
 @dataclass(frozen=True)
 class Check:
     "One line: what was looked at, `state` (ok, warn, fail or skip), what was found, what to do."
@@ -45,7 +45,7 @@ def guarded(name, look):
 # least versions the library is tested with; Kaggle's image has torch 2.10, transformers 5.0, peft 0.19, accelerate 1.13, datasets 4.0
 NEEDED = {'torch': '2.10', 'transformers': '5.0', 'peft': '0.19', 'accelerate': '1.13', 'datasets': '4.0', 'scikit-learn': '1.4', 'pandas': '2.2', 'numpy': '2.0'}
 
-# %% ../../nbs/09b_doctor.ipynb #0f50af28
+# %% ../../nbs/09b_doctor.ipynb #f345a43b
 def packages(quantized=True):
     "A line for each package that is missing or old, one for all that are well."
     from packaging.version import Version
@@ -102,7 +102,7 @@ def environment(out='.', gpu=None, quantized=True, offline=None):
     "Checks of the machine; imports in a fresh process only where `offline`, as they take ten seconds (default: in an interactive session of Kaggle, where the internet may be on; a batch kernel without it finds out by itself)."
     return [*packages(quantized), *gpus(gpu), *room(out), *(imports_offline() if (os.environ.get('KAGGLE_KERNEL_RUN_TYPE') == 'Interactive' if offline is None else offline) else [])]
 
-# %% ../../nbs/09b_doctor.ipynb #31125612
+# %% ../../nbs/09b_doctor.ipynb #d4255b56
 def run_files(run, cfg=InferConfig()):
     "Is the run whole, and are template, tokenizer and base model those of training?"
     status = run.status
@@ -152,7 +152,7 @@ def run_checks(run, cfg=InferConfig(), predict=True):
     found = guarded('run', lambda: run_files(run, cfg))
     return found + (guarded('validation loss', lambda: run_predicts(run, cfg)) if predict and all(c.state != 'fail' for c in found) else [])
 
-# %% ../../nbs/09b_doctor.ipynb #9acfca1a
+# %% ../../nbs/09b_doctor.ipynb #8283a997
 def kernel_checks(name, given):
     "Checks of a kernel notebook with the parameters `given` (name -> text)."
     import nbformat
@@ -167,7 +167,7 @@ def kernel_checks(name, given):
         if run.strip(): lines += guarded(run, lambda: run_checks(run.strip(), InferConfig(base=values.get('base', '')), predict=False))
     return lines
 
-# %% ../../nbs/09b_doctor.ipynb #11e33a5d
+# %% ../../nbs/09b_doctor.ipynb #ac7c03ae
 def table(checks, title='underdog doctor'):
     "Print the lines; red ones last, where they are seen."
     from rich.console import Console

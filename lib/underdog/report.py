@@ -7,7 +7,7 @@ __all__ = ['COLOURS', 'plot_lengths', 'plot_loss', 'calibration_table', 'calibra
            'plot_probabilities', 'plot_scores', 'figure_png', 'save_figure', 'write_report', 'settings_table',
            'run_figures', 'run_sections']
 
-# %% ../../nbs/12_report.ipynb #0529c8ef
+# %% ../../nbs/12_report.ipynb #5113698f
 import base64, html, io
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import pandas as pd
 
 from .core import atomic_write
 
-# %% ../../nbs/12_report.ipynb #2b84a75d
+# %% ../../nbs/12_report.ipynb #9f5ac337
 COLOURS = dict(a='#0072B2', b='#D55E00', tie='#009E73', grey='#777777', line='#000000')
 
 def _axes(width=6.4, height=3.6, n=1):
@@ -28,7 +28,7 @@ def _axes(width=6.4, height=3.6, n=1):
         ax.grid(axis='y', alpha=.25, linewidth=.6)
     return fig, axes if n > 1 else axes[0]
 
-# %% ../../nbs/12_report.ipynb #1caffbbf
+# %% ../../nbs/12_report.ipynb #7aca82cd
 def plot_lengths(lengths, max_length=None, what='tokens of a row'):
     "Histogram of `lengths` on a log scale, with the budget and the share of rows above it."
     lengths = np.maximum(np.asarray(lengths), 1)
@@ -43,7 +43,7 @@ def plot_lengths(lengths, max_length=None, what='tokens of a row'):
     ax.legend(frameon=False)
     return fig
 
-# %% ../../nbs/12_report.ipynb #24ea3a0e
+# %% ../../nbs/12_report.ipynb #7caf2f31
 def plot_loss(metrics, floors=None, best=None):
     "Training loss (each step and smoothed) and held-out loss over steps; `floors` {name: loss} as lines. `metrics` as `RunFolder.metrics()`."
     fig, ax = _axes()
@@ -59,7 +59,7 @@ def plot_loss(metrics, floors=None, best=None):
     ax.legend(frameon=False, fontsize=8, loc='upper right')
     return fig
 
-# %% ../../nbs/12_report.ipynb #b41d44af
+# %% ../../nbs/12_report.ipynb #e3b627ba
 def calibration_table(y, p, classes, bins=8):
     "DataFrame (class, predicted, observed, rows): means in `bins` groups of equal size."
     out = []
@@ -82,7 +82,7 @@ def plot_calibration(y, p, classes=('a', 'b', 'tie')):
     ax.legend(frameon=False)
     return fig
 
-# %% ../../nbs/12_report.ipynb #1704b45e
+# %% ../../nbs/12_report.ipynb #df5f93ee
 def plot_confusion(y, p, classes=('a', 'b', 'tie')):
     "Rows by true class, columns by the most probable one: counts, coloured by the share of the row."
     true, said, k = np.asarray(y).argmax(1), np.asarray(p).argmax(1), len(classes)
@@ -97,7 +97,7 @@ def plot_confusion(y, p, classes=('a', 'b', 'tie')):
     ax.set(xticks=range(k), yticks=range(k), xticklabels=classes, yticklabels=classes, xlabel='most probable class', ylabel='true class', title=f'accuracy {np.trace(counts)/max(1, counts.sum()):.1%}')
     return fig
 
-# %% ../../nbs/12_report.ipynb #2e43e9b0
+# %% ../../nbs/12_report.ipynb #0a38c33e
 def plot_probabilities(table):
     "Histograms of the predicted probabilities (columns p_*) of a predictions table, with their means."
     names = [c.removeprefix('p_') for c in table.columns if c.startswith('p_')]
@@ -108,7 +108,7 @@ def plot_probabilities(table):
     axes[0].set_ylabel('rows')
     return fig
 
-# %% ../../nbs/12_report.ipynb #46dacdb3
+# %% ../../nbs/12_report.ipynb #06e76a21
 def plot_scores(table, best=None):
     "Log loss with interval per name; `table` has columns name, loss, low, high."
     fig, ax = _axes(6.4, 1 + .35*len(table))
@@ -120,7 +120,7 @@ def plot_scores(table, best=None):
     ax.set(yticks=at, yticklabels=table['name'], xlabel='held-out log loss (nats) with 95 % interval', ylim=(-.6, len(table) - .3))
     return fig
 
-# %% ../../nbs/12_report.ipynb #31ccacb2
+# %% ../../nbs/12_report.ipynb #f2fa11fa
 _STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a;background:#fff}
 h1{font-size:1.6rem}h2{font-size:1.2rem;margin-top:2.2rem;border-bottom:1px solid #ddd}img{max-width:100%;height:auto}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;display:block;overflow-x:auto}th,td{padding:.25rem .8rem;border-bottom:1px solid #eee;text-align:left}
@@ -153,7 +153,7 @@ def write_report(path, title, sections, footer=''):
     atomic_write(path, page)
     return Path(path)
 
-# %% ../../nbs/12_report.ipynb #b7771133
+# %% ../../nbs/12_report.ipynb #b0f6aa7e
 def settings_table(config):
     "DataFrame (setting, value) of a run's config.json."
     flat = {'competition': config['competition'], 'rows': config['data']['rows'], 'build': config['build_id'], 'template': config['template_hash'], 'best floor': config['best_floor']}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['submissions_left', 'commit_run', 'submit_version', 'held_out', 'scores', 'keep_score', 'plot_scores', 'submit_kernel']
 
-# %% ../../nbs/11f_score.ipynb #7aa754d3
+# %% ../../nbs/11f_score.ipynb #8a9da638
 import json, time
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from .core import UserError, atomic_path, read_record
 from .relay import push_when_free
 from .watch import home, note, pull, wait
 
-# %% ../../nbs/11f_score.ipynb #a10db3ff
+# %% ../../nbs/11f_score.ipynb #ed881235
 def submissions_left(hub, competition):
     "How many submissions are left today; `UserError` when none is."
     left = hub.call(f'submission limits of {competition}', hub.api.competition_get_submission_limits, competition).num_allowed_now
@@ -38,7 +38,7 @@ def commit_run(hub, competition, kernel, given, slug, settings, sample='', say=p
     say(f'commit run: submission.csv is valid, {rows} rows')
     return done, out
 
-# %% ../../nbs/11f_score.ipynb #bdb4180f
+# %% ../../nbs/11f_score.ipynb #c976a389
 def submit_version(hub, competition, done, message='', limit_s=12*3600., say=print):
     "Submit submission.csv of a kernel version; returns the submission once it is scored."
     text = f'{message or done.ref} [{done.id}]'
@@ -53,7 +53,7 @@ def submit_version(hub, competition, done, message='', limit_s=12*3600., say=pri
     if 'ERROR' in str(mine.status): raise UserError(f'{competition}: the submission of {done.ref} version {done.version} was not scored: {mine.error_description or "Kaggle says no more"}')
     return mine
 
-# %% ../../nbs/11f_score.ipynb #9f4e25a2
+# %% ../../nbs/11f_score.ipynb #99b953b0
 def held_out(out):
     "The held-out log loss in the summary.json of an inference, or None."
     found = [read_record(f).get('held_out') for f in Path(out).rglob('summary.json')]

@@ -6,7 +6,7 @@
 __all__ = ['Evidence', 'current', 'write_current', 'Answers', 'Publisher', 'run_pass', 'answer', 'summary', 'start_jobs', 'work',
            'submit', 'report']
 
-# %% ../../nbs/08a_submit.ipynb #07c99253
+# %% ../../nbs/08a_submit.ipynb #a9665be5
 import math, os, signal, sys, time
 from dataclasses import asdict
 from itertools import groupby
@@ -27,7 +27,7 @@ from .schedule import RANKINGS, best_ranking, compare_rankings, doubt, order_pas
 from .session import Clock, locked, span
 from .workers import Workers
 
-# %% ../../nbs/08a_submit.ipynb #bb75aa99
+# %% ../../nbs/08a_submit.ipynb #7bcfc3bb
 class Evidence:
     "Held-out predictions of `runs`: blends for every state of a row, and the order of the passes. Without held-out rows all models count alike."
     def __init__(self, runs, with_floors=True):
@@ -78,7 +78,7 @@ class Evidence:
             done.append((m, k))
         return out + rest, said
 
-# %% ../../nbs/08a_submit.ipynb #d8d5fe47
+# %% ../../nbs/08a_submit.ipynb #a528537d
 def current(jobs, evidence):
     "Blended probabilities (n, C) of what has been answered so far."
     found = [(evidence.by_path[j.run.path], j.predicted()) for j in jobs]
@@ -121,7 +121,7 @@ class Answers:
         except FileNotFoundError: pass
         except Exception as e: print(f'{self.path}: cannot be read ({str(e).splitlines()[0]}); every row is answered anew', flush=True)
 
-# %% ../../nbs/08a_submit.ipynb #9753aab6
+# %% ../../nbs/08a_submit.ipynb #cd7a452d
 class Publisher:
     "Writes submission, predictions and answers, atomically, at most once in `every` seconds unless told."
     def __init__(self, jobs, evidence, answers, out, submission, sample, every=60.):
@@ -247,6 +247,6 @@ def report(out, settings, code, tail):
         print(f'warning: {why}', flush=True)
     return pd.read_csv(settings['submission'])
 
-# %% ../../nbs/08a_submit.ipynb #4720fab4
+# %% ../../nbs/08a_submit.ipynb #aa701b94
 #| eval: false
 if __name__ == '__main__' and '__file__' in globals(): run_worker(lambda _: work(Path(sys.argv[1]), float(sys.argv[2])), None)

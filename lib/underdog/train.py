@@ -7,7 +7,7 @@ __all__ = ['SCALAR_RATE', 'TrainConfig', 'lr_factor', 'row_order', 'split_steps'
            'fitting', 'train_step', 'make_optimizer', 'set_lr', 'FitData', 'evaluation_steps', 'Progress', 'Training',
            'longest', 'rehearse', 'fit']
 
-# %% ../../nbs/06_train.ipynb #b570e176
+# %% ../../nbs/06_train.ipynb #ed3ac814
 import copy, math, time
 from collections import deque
 from dataclasses import asdict, dataclass, field
@@ -23,10 +23,11 @@ from .predict import orders_of, predict_logits, progress
 from .session import Session
 from .source import RowSource, present, rank_share
 
-# %% ../../nbs/06_train.ipynb #e35d0a8a
+# %% ../../nbs/06_train.ipynb #39cbcba6
 @dataclass(frozen=True)
 class TrainConfig:
     "Settings of one training run; checks its values and says how to mend them."
+    share: float = 1.0         # of the training rows, by whole prompts; the same rows are held out for any share
     epochs: float = 1.0        # passes over the training rows; 0.5 is allowed
     batch_rows: int = 16       # rows per optimizer step, over all processes
     batch_tokens: int = 4096   # tokens of one forward pass on one device; halved when memory runs out
@@ -52,6 +53,7 @@ class TrainConfig:
         check_checkpointing(self.checkpointing)
         if self.activation_gb < 0: raise UserError(f'activation_gb={self.activation_gb}: GB, or 0 for what is free')
         if not 0 <= self.warmup < 1: raise UserError(f'warmup={self.warmup}: a share of the steps, from 0 to below 1')
+        if not 0 < self.share <= 1: raise UserError(f'share={self.share}: a share of the training rows, above 0 up to 1')
         if self.probe_rows < 0: raise UserError(f'probe_rows={self.probe_rows}: a number of rows, or 0 for no probe')
         if self.seed < 0: raise UserError(f'seed={self.seed}: 0 or a positive number')
         if self.weight_decay < 0: raise UserError(f'weight_decay={self.weight_decay}: must not be negative')
@@ -60,14 +62,14 @@ class TrainConfig:
         if self.n_folds < 2: raise UserError(f'n_folds={self.n_folds}: at least 2, so that rows can be held out')
         if not -1 <= self.fold < self.n_folds: raise UserError(f'fold={self.fold}: -1 (train on all rows) or 0 to {self.n_folds - 1}')
 
-# %% ../../nbs/06_train.ipynb #76802e4d
+# %% ../../nbs/06_train.ipynb #15663ee1
 def lr_factor(step, steps, warmup=0.1):
     "Share of the peak learning rate at `step` (0-based) of `steps`: linear warm-up, then cosine to 0 (Loshchilov & Hutter 2017)."
     rising = max(1, round(steps*warmup))
     if step < rising: return (step + 1)/rising
     return 0.5*(1 + math.cos(math.pi*(step - rising)/max(1, steps - rising)))
 
-# %% ../../nbs/06_train.ipynb #333298c4
+# %% ../../nbs/06_train.ipynb #ba0c462c
 def row_order(n, epochs, seed):
     "`round(n*epochs)` row positions: one seeded permutation after the other."
     rng = np.random.default_rng(seed)
@@ -77,13 +79,13 @@ def split_steps(order, batch_rows):
     "Consecutive slices of `batch_rows` rows; the last one may be shorter."
     return [order[i:i + batch_rows] for i in range(0, len(order), batch_rows)]
 
-# %% ../../nbs/06_train.ipynb #b1361c07
+# %% ../../nbs/06_train.ipynb #3faa687d
 def row_losses(logits, y, offset=None):
     "Cross-entropy per row, in nats: `logits` (B,C), `y` (B,C) probabilities, `offset` (B,C) log-probabilities or None."
     if offset is not None: logits = logits + offset
     return -(y*F.log_softmax(logits.float(), -1)).sum(-1)
 
-# %% ../../nbs/06_train.ipynb #29356af0
+# %% ../../nbs/06_train.ipynb #0f11f0f7
 def sum_gradients(params, accelerator):
     "Replace each gradient by its sum over all processes, in one message."
     if accelerator.num_processes == 1: return
@@ -129,7 +131,7 @@ def train_step(model, source, shown, y, offset, optimizer, accelerator, cfg, wei
     optimizer.zero_grad()
     return dict(loss=loss, tokens=tokens, busy=busy, budget=budget, skipped=not math.isfinite(norm), grad_norm=norm, adapter_norm=norms['adapter'], head_norm=norms['head'])
 
-# %% ../../nbs/06_train.ipynb #eaf343c5
+# %% ../../nbs/06_train.ipynb #033e483b
 SCALAR_RATE = 10   # learning rate of the head's scalars over that of its weights
 
 def make_optimizer(model, cfg):
@@ -146,7 +148,7 @@ def make_optimizer(model, cfg):
 def set_lr(optimizer, factor):
     for g in optimizer.param_groups: g['lr'] = g['peak']*factor
 
-# %% ../../nbs/06_train.ipynb #d5a50dcb
+# %% ../../nbs/06_train.ipynb #5316af10
 @dataclass
 class FitData:
     "Rows for one run: `source`, labels `y` (n,C), `offset` (n,C) log-probabilities or None, row positions `train` and `held`."
@@ -234,7 +236,7 @@ class Training:
     @property
     def done(self): return self.at.step == len(self.plan) and self.at.evaluated
 
-# %% ../../nbs/06_train.ipynb #55244c49
+# %% ../../nbs/06_train.ipynb #f9a912dd
 def longest(source, rows, budget, orders=(False,)):
     "The longest of `rows` that together just fill `budget` tokens; at least one."
     lengths = source.tokens_of(orders)[rows]
@@ -254,7 +256,7 @@ def rehearse(training):
     t.evaluation_s = source.tokens_of(orders)[t.data.held].sum()/(m['tokens']/m['seconds'])/2   # a forward pass alone is a third of a step
     return m['tokens']/m['seconds']
 
-# %% ../../nbs/06_train.ipynb #24b0b43d
+# %% ../../nbs/06_train.ipynb #3cd2d2e4
 def fit(training, log=lambda **m: None, evaluate=lambda step: {}, session=None, save=lambda: None, look=lambda **m: None):
     """Train to the end, or until `session` says stop: returns '' or the reason.
 
