@@ -7,7 +7,7 @@ __all__ = ['offsets', 'start_head', 'oof_table', 'score_table', 'load_tokens', '
            'outlook', 'same_everywhere', 'padding_warning', 'gpu_count', 'launch', 'forwarding', 'run_worker', 'finish',
            'train']
 
-# %% ../../nbs/06c_launch.ipynb #6bff3f6c
+# %% ../../nbs/06c_launch.ipynb #fe6454d2
 import math, os, re, signal, subprocess, sys, threading, time, traceback
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +32,7 @@ from .session import Clock, Session, locked, span
 from .source import RowSource, present
 from .train import FitData, TrainConfig, Training, fit, rehearse
 
-# %% ../../nbs/06c_launch.ipynb #4100f166
+# %% ../../nbs/06c_launch.ipynb #0a2c4b45
 def offsets(table, comp, cfg, best):
     "Log-probabilities (n, C) that training starts from, or None."
     return np.log(table[columns(f'floor_{best}', comp)].to_numpy()) if cfg.start == 'floors' else None
@@ -177,7 +177,7 @@ def _sizes(model, data):
     return (f'{trained:,} of {total:,} parameters are trained, head from {model.head_source}; {len(data.train):,} rows to train on, {len(data.held):,} held out, '
             f'{data.source.lengths.mean():,.0f} tokens a row')
 
-# %% ../../nbs/06c_launch.ipynb #07bb5421
+# %% ../../nbs/06c_launch.ipynb #f6889a4e
 def gpu_count():
     import torch
     return torch.cuda.device_count()
@@ -191,7 +191,8 @@ def launch(module, args, log_file, processes=0, machines=1, rendezvous='', stop_
     meet = ['--standalone'] if machines == 1 else [f'--nnodes={machines}', '--rdzv_backend=c10d', f'--rdzv_endpoint={rendezvous}', '--rdzv_id=underdog']
     head = [sys.executable, '-u'] + (['-m', 'torch.distributed.run', *meet, f'--nproc_per_node={processes}'] if processes*machines > 1 else [])
     threads = os.environ.get('OMP_NUM_THREADS') if 'OMP_NUM_THREADS' in os.environ and processes == 1 else str(max(1, (os.cpu_count() or 1)//processes))
-    env = dict(os.environ, OMP_NUM_THREADS=threads, TOKENIZERS_PARALLELISM='false', UNDERDOG_PARENT=str(os.getpid()), PYTHONPATH=os.pathsep.join([str(_library()), os.environ.get('PYTHONPATH', '')]))
+    # on a CPU oneDNN keeps a compiled kernel for each of up to 1,024 shapes; packs differ in length, so they are hardly met again and memory grows for hours
+    env = dict(os.environ, ONEDNN_PRIMITIVE_CACHE_CAPACITY=os.environ.get('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '16'), OMP_NUM_THREADS=threads, TOKENIZERS_PARALLELISM='false', UNDERDOG_PARENT=str(os.getpid()), PYTHONPATH=os.pathsep.join([str(_library()), os.environ.get('PYTHONPATH', '')]))
     with open(log_file, 'ab') as log, open(log_file, 'rb') as shown:
         shown.seek(0, os.SEEK_END)
         # a file, not a pipe: a subprocess whose parent was killed can still say and save what it has
@@ -272,6 +273,6 @@ def train(run, train_csv, model, prompt=None, cfg=TrainConfig(), competition=Non
         run.set_status('running', *(run.status.get(k, 0) for k in ('step', 'of')))
         return finish(run, *launch('underdog.launch', [run.path, clock.end, 60*save_minutes], run.path/'train.log', processes, machines, rendezvous, run.path/'stop', (lock,)))
 
-# %% ../../nbs/06c_launch.ipynb #3321df92
+# %% ../../nbs/06c_launch.ipynb #b1ea0769
 #| eval: false
 if __name__ == '__main__' and '__file__' in globals(): run_worker(work, RunFolder(Path(sys.argv[1])), *map(float, sys.argv[2:]))
