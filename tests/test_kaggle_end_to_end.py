@@ -7,6 +7,7 @@ from importlib.metadata import distribution
 
 import pandas as pd
 import pytest
+from conftest import slow
 from kaggle_server import KaggleServer, log_loss_of
 from test_pipeline import P, world   # noqa: F401  (fixture)
 
@@ -21,6 +22,7 @@ from underdog.train import TrainConfig
 
 MODEL = 'models/me/tiny/transformers/llama/1'
 TRAIN = dict(train_csv='me/tiny-data/train.csv', model=MODEL, quantization='none', rank=4, max_length=128, n_folds=3, lr=1e-2, head_lr=1e-2, batch_rows=8, epochs=2.0, evaluations=1, probe_rows=0, processes=1)
+SETTINGS = TrainConfig(n_folds=3, lr=1e-2, head_lr=1e-2, batch_rows=8, epochs=2.0, evaluations=1, probe_rows=0)   # the same
 SLUG = LMSYS.slug
 
 
@@ -66,14 +68,18 @@ def underdog(server, root, *args, code=0):
 def p_of(values): return [x for k, v in values.items() for x in ('-p', f'{k}={v}')]
 
 
+def ship_inputs(server, root, world):   # noqa: F811
+    underdog(server, root, 'bundle', '--folder', root/'data', '--slug', 'tiny-data', '--poll', '.1')
+    underdog(server, root, 'bundle', '--folder', world/'llama', '--model', 'me/tiny/transformers/llama', '--poll', '.1')
+
+
 def test_from_an_empty_folder_to_a_score(world, kaggle, tmp_path, monkeypatch):   # noqa: F811
     server, root = kaggle
     cpu = ['--shape', '', '--poll', '.1']
     said = underdog(server, root, 'bundle', '--poll', '.1')
     assert 'imported' in said and 'underdog-wheels: version 1, sent' in said
     assert 'underdog-lib: version 1, as it was' in underdog(server, root, 'bundle', '--poll', '.1')
-    underdog(server, root, 'bundle', '--folder', root/'data', '--slug', 'tiny-data', '--poll', '.1')
-    underdog(server, root, 'bundle', '--folder', world/'llama', '--model', 'me/tiny/transformers/llama', '--poll', '.1')
+    ship_inputs(server, root, world)
 
     # three sessions, of which the first two are made to stop
     server.stop_at = {'me/tiny-relay-1': 2, 'me/tiny-relay-2': 5}
@@ -87,8 +93,7 @@ def test_from_an_empty_folder_to_a_score(world, kaggle, tmp_path, monkeypatch): 
     # the run is that of one uninterrupted training on this machine
     monkeypatch.setenv('UNDERDOG_CACHE', str(tmp_path/'cache'))
     base = str(world/'llama')
-    here = train(tmp_path/'run', world/'train.csv', ModelConfig(base, quantization='none', rank=4, alpha=16., dropout=0.), PromptConfig(base, max_length=128),
-                 TrainConfig(n_folds=3, lr=1e-2, head_lr=1e-2, batch_rows=8, epochs=2.0, evaluations=1, probe_rows=0), processes=1)
+    here = train(tmp_path/'run', world/'train.csv', ModelConfig(base, quantization='none', rank=4, alpha=16., dropout=0.), PromptConfig(base, max_length=128), SETTINGS, processes=1)
     there = RunFolder.open(sessions[2].output/'run')
     assert {f.name: f.read_bytes() for f in here.adapter.glob('*.safetensors')} == {f.name: f.read_bytes() for f in there.adapter.glob('*.safetensors')}
     assert there.config['build_id'] == build_id()
@@ -115,3 +120,20 @@ def test_from_an_empty_folder_to_a_score(world, kaggle, tmp_path, monkeypatch): 
     assert 'underdog: done' in underdog(server, root, 'logs', 'tiny-relay-3')
     for text in (said, *(v['request']['text'] for k in server.kernels.values() for v in k['versions'])): assert server.key not in text
     assert all(v['request']['isPrivate'] and not v['request']['enableInternet'] for k in server.kernels.values() for v in k['versions']) and all(d['private'] for d in server.datasets.values())
+
+
+@slow
+def test_push_train_and_push_infer_give_what_they_give_here(world, kaggle, tmp_path, monkeypatch):   # noqa: F811
+    "In one session each, without a relay."
+    server, root = kaggle
+    cpu = ['--shape', '', '--poll', '.1', '--wait']
+    underdog(server, root, 'bundle', '--poll', '.1')
+    ship_inputs(server, root, world)
+    assert 'underdog-train: version 1' in underdog(server, root, 'push', 'train', *p_of(TRAIN), *cpu)
+    underdog(server, root, 'push', 'infer', *p_of(dict(run='notebooks/me/underdog-train/run', test_csv='me/tiny-data/test.csv', sample_submission='me/tiny-data/sample_submission.csv', base=MODEL)), *cpu)
+    underdog(server, root, 'pull', 'underdog-infer')
+    monkeypatch.setenv('UNDERDOG_CACHE', str(tmp_path/'cache'))
+    base = str(world/'llama')
+    here = train(tmp_path/'run', world/'train.csv', ModelConfig(base, quantization='none', rank=4, alpha=16., dropout=0.), PromptConfig(base, max_length=128), SETTINGS, processes=1)
+    mine = submit(str(here.path), world/'test.csv', tmp_path/'pred', InferConfig(), submission=tmp_path/'submission.csv')
+    pd.testing.assert_frame_equal(mine, pd.read_csv(root/'empty'/'runs'/'underdog-infer'/'submission.csv'))

@@ -116,3 +116,12 @@ def test_a_share_holds_out_the_same_rows_and_lies_in_a_larger_one(world, seed, s
 @pytest.mark.parametrize('share', [0, 1.5, -.1])
 def test_shares_that_are_none(share):
     with pytest.raises(UserError, match='share='): TrainConfig(share=share)
+
+
+def test_a_setting_that_is_noise_is_refused_and_the_others_are_not():
+    good = Points('good', SIZES, law(.9, 3., .5, SIZES), np.full(4, .001))
+    flat = Points('flat', SIZES, np.array([1.09, 1.091, 1.089, 1.09]), np.full(4, .002))
+    table = compare([flat, good], 57_477, draws=200)
+    assert table['setting'].tolist() == ['good', 'flat'] and table['best'][0] == 1 and 'noise' in table['refused'][1] and np.isnan(table['loss'][1])
+    with pytest.raises(UserError, match='that is noise'): compare([flat], 57_477)
+    assert len(plot_laws([flat, good], 57_477).axes[0].lines) >= 2

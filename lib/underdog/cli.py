@@ -6,7 +6,7 @@
 __all__ = ['app', 'Csv', 'Comp', 'check', 'floors', 'show', 'run', 'sweep', 'scale', 'doctor', 'plan', 'submission', 'demo',
            'main']
 
-# %% ../../nbs/13_cli.ipynb #bbc196bc
+# %% ../../nbs/13_cli.ipynb #762f5b56
 import json, sys
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +19,7 @@ from . import remote
 from .core import UserError
 from .terminal import params, table
 
-# %% ../../nbs/13_cli.ipynb #31fd603b
+# %% ../../nbs/13_cli.ipynb #171082c6
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode='markdown', pretty_exceptions_enable=False,
                   help='Fine-tune an LLM on human preference pairs with a free Kaggle account.\n\nStart with `underdog check train.csv`, then `underdog floors train.csv`, then `underdog run train --list`; `underdog doctor` looks for what is wrong.')
 Csv = Annotated[Path, typer.Argument(help='train.csv or test.csv of a competition (or .parquet)', show_default=False)]
@@ -29,7 +29,7 @@ def _competition(name):
     from underdog.competition import get_competition
     return get_competition(name) if name else None
 
-# %% ../../nbs/13_cli.ipynb #5cc64593
+# %% ../../nbs/13_cli.ipynb #e1279377
 @app.command()
 def check(file: Csv, competition: Comp = ''):
     "Read a competition file and print what was found and repaired; a defect is named with its row and column."
@@ -95,13 +95,15 @@ def scale(folders: Annotated[list[Path], typer.Argument(help='run folders, or fo
           by: Annotated[str, typer.Option(help='what the loss falls with: rows (learned from), or steps, for runs of different epochs')] = 'rows', out: Annotated[Path, typer.Option(help='folder for scale.png')] = Path('runs')):
     """Predict the loss on all of the data from runs on parts of it, for every setting, with intervals; noise is not extrapolated.
 
-    Wants runs of the same settings on three sizes of data at least. `best` is the share of the draws in which a setting wins."""
+    Wants runs of the same settings on three sizes of data at least: `share: [.05, .1, .2, .4]` in the space of a sweep makes them. `best` is the share of the draws in which a setting wins."""
     from underdog.core import atomic_path
     from underdog.scale import compare, find_runs, plot_laws, points_of
     points = points_of(find_runs(folders), by)
     found = compare(points, at)
-    names = [c for c in found if found[c].notna().any()]
+    names = [c for c in found if found[c].notna().any() and c != 'refused']
     table(f'at {at:,} {by}', names, [tuple(None if v != v else v for v in r) for r in found[names].itertuples(index=False)])
+    for why in found['refused']:
+        if why: typer.echo(f'refused: {why}')
     with atomic_path(out/'scale.png') as tmp: plot_laws(points, at, by).savefig(tmp, format='png', dpi=130)
     typer.echo(f"figure: {out/'scale.png'}")
 
@@ -167,10 +169,10 @@ def demo(out: Annotated[Path, typer.Option(help='folder for everything that is m
     table(f"Held-out log loss, {result['rows']} rows, {result['minutes']} minutes", ['prediction', 'log loss'], [(t, result[k] if result[k] is not None else 'unknown') for k, t in names.items()])
     typer.echo(f"report: {result['report']}\n{json.dumps(result)}")
 
-# %% ../../nbs/13_cli.ipynb #a43c86c8
+# %% ../../nbs/13_cli.ipynb #704d66f8
 for command in remote.COMMANDS: app.command(rich_help_panel='On Kaggle')(command)
 
-# %% ../../nbs/13_cli.ipynb #3ff6c704
+# %% ../../nbs/13_cli.ipynb #a20b778a
 def _version(value: bool):
     if value:
         from underdog.core import build_id

@@ -6,7 +6,7 @@
 __all__ = ['EXPONENTS', 'UNCHANGED', 'Points', 'fit_laws', 'law', 'Prediction', 'check_points', 'predict', 'compare',
            'extrapolate_lr', 'run_point', 'standard_errors', 'points_of', 'find_runs', 'plot_laws']
 
-# %% ../../nbs/10a_scale.ipynb #f28636f7
+# %% ../../nbs/10a_scale.ipynb #f7f1ace5
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 
 from .core import RunFolder, UserError, read_table
 
-# %% ../../nbs/10a_scale.ipynb #a7bce7e5
+# %% ../../nbs/10a_scale.ipynb #a36e392f
 EXPONENTS = np.geomspace(.05, 1.5, 60)   # what c may be
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def fit_laws(n, losses, se):
 
 def law(a, b, c, n): return a + b*np.asarray(n, float)**-c
 
-# %% ../../nbs/10a_scale.ipynb #80d1e7dc
+# %% ../../nbs/10a_scale.ipynb #f82e3856
 @dataclass(frozen=True)
 class Prediction:
     "The loss of a setting at `n` rows: the middle of the draws, an interval, the draws themselves, hours where they are known."
@@ -80,20 +80,21 @@ def predict(p, n, draws=1000, level=.9, seed=0):
     hours = None if p.hours is None else float(np.sum(p.hours*p.n)/np.sum(p.n**2)*n)
     return Prediction(p.setting, float(n), float(middle), float(low), float(high), found, hours)
 
-# %% ../../nbs/10a_scale.ipynb #c738c8c4
+# %% ../../nbs/10a_scale.ipynb #9923923b
 def compare(points, n, **kwargs):
-    "A table of settings at `n` rows, the best first: loss, interval, probability to be the best, hours, gain of the loss per hour from a tenth more rows."
+    "A table of settings at `n` rows, the best first: loss, interval, probability to be the best, hours, gain of the loss per hour from a tenth more rows; why, where a setting is `refused`. `UserError` when all of them are."
     import pandas as pd
-    found = [predict(p, n, seed=i, **kwargs) for i, p in enumerate(points)]
-    best = np.argmin(np.stack([f.draws for f in found]), 0)
-    rows = []
-    for i, (p, f) in enumerate(zip(points, found)):
-        more = predict(p, 1.1*n, seed=i, **kwargs)
-        rows.append(dict(setting=f.setting, loss=f.loss, low=f.low, high=f.high, best=float((best == i).mean()), hours=f.hours, gain_per_hour=(f.loss - more.loss)/(more.hours - f.hours) if f.hours else None))
+    found, refused = [], []
+    for i, p in enumerate(points):
+        try: found.append((predict(p, n, seed=i, **kwargs), predict(p, 1.1*n, seed=i, **kwargs)))
+        except UserError as e: refused.append(dict(setting=p.setting, refused=str(e)))
+    if not found: raise UserError(refused[0]['refused'] if refused else 'no settings to compare')
+    best = np.argmin(np.stack([f.draws for f, _ in found]), 0)
+    rows = [dict(setting=f.setting, loss=f.loss, low=f.low, high=f.high, best=float((best == i).mean()), hours=f.hours, gain_per_hour=(f.loss - more.loss)/(more.hours - f.hours) if f.hours else None, refused='') for i, (f, more) in enumerate(found)]
     table = pd.DataFrame(rows).sort_values('loss', ignore_index=True)
     cheapest = table.loc[table['hours'].astype(float).idxmin()] if table['hours'].notna().all() else None
-    if cheapest is not None: table['per_hour_over_cheapest'] = [(cheapest['loss'] - r['loss'])/(r['hours'] - cheapest['hours']) if r['hours'] > cheapest['hours'] else None for _, r in table.iterrows()]
-    return table
+    if cheapest is not None: table.insert(7, 'per_hour_over_cheapest', [(cheapest['loss'] - r['loss'])/(r['hours'] - cheapest['hours']) if r['hours'] > cheapest['hours'] else None for _, r in table.iterrows()])
+    return pd.concat([table, pd.DataFrame(refused)], ignore_index=True) if refused else table
 
 def extrapolate_lr(n, lr, at, batch=None, at_batch=None):
     "The learning rate for `at` rows from the best ones `lr` found at sizes `n`: a line in the logarithms; with the square root of the batch where `batch` changes to `at_batch` (Malladi et al. 2022, for Adam). `UserError` with fewer than two sizes."
@@ -102,7 +103,7 @@ def extrapolate_lr(n, lr, at, batch=None, at_batch=None):
     slope, start = np.polyfit(n, lr, 1)
     return float(np.exp(start + np.clip(slope, -1, 1)*np.log(at)))*math.sqrt((at_batch or 1)/(batch or 1) if at_batch and batch else 1)
 
-# %% ../../nbs/10a_scale.ipynb #c2f4ffdb
+# %% ../../nbs/10a_scale.ipynb #da331848
 UNCHANGED = {'tokenizer', 'share', 'seed', 'batch_tokens', 'checkpointing', 'activation_gb', 'log_every', 'evaluations', 'fold', 'n_folds'}   # make no other setting
 
 def run_point(folder, by='rows'):
@@ -143,18 +144,20 @@ def find_runs(folders):
     if not found: raise UserError(f"{', '.join(map(str, folders))}: no run folder there")
     return found
 
-# %% ../../nbs/10a_scale.ipynb #2f3a477b
+# %% ../../nbs/10a_scale.ipynb #a4873a5f
 def plot_laws(points, n, by='rows'):
     "Points with their errors, the law of each setting and its interval up to `n` rows (or steps)."
     from matplotlib.figure import Figure
     figure = Figure(figsize=(6.5, 4), layout='constrained')
     ax = figure.subplots()
     for i, p in enumerate(points):
+        ax.errorbar(p.n, p.loss, p.se, fmt='o', color=f'C{i}', ms=4, label=p.setting)
+        try: check_points(p)
+        except UserError: continue   # points without a law
         grid = np.geomspace(p.n.min(), n, 25)
         band = np.array([(q.low, q.loss, q.high) for q in (predict(p, g, draws=300) for g in grid)])
         ax.fill_between(grid, band[:, 0], band[:, 2], color=f'C{i}', alpha=.15)
-        ax.plot(grid, band[:, 1], color=f'C{i}', label=p.setting)
-        ax.errorbar(p.n, p.loss, p.se, fmt='o', color=f'C{i}', ms=4)
+        ax.plot(grid, band[:, 1], color=f'C{i}')
     ax.axvline(n, color='.5', lw=1, ls='--')
     ax.set(xscale='log', xlabel='rows learned from' if by == 'rows' else 'optimizer steps', ylabel='held-out log loss')
     ax.grid(alpha=.3)
