@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_pipeline import small_run, world   # noqa: F401  (fixture)
-
+from conftest import slow
+from test_pipeline import small_run, world  # noqa: F401  (fixture)
 from underdog.checkpoint import Checkpoints
 from underdog.competition import LMSYS
 from underdog.core import RunFolder, UserError, cache_folder, read_json, sweep
@@ -187,6 +187,11 @@ def test_other_settings_in_the_same_folder_are_refused_and_restart_clears(world,
     assert not (tmp_path/'new').exists() or not (tmp_path/'new'/'config.json').exists()
     run = small_run(world, tmp_path/'run', lr=2e-2, session=dict(restart=True))
     assert run.status['state'] == 'finished' and 'going on' not in (run.path/'train.log').read_text().split('process(es)')[-1]
+
+
+@slow
+def test_restart_with_another_session_takes_nothing_of_what_was_here(world, tmp_path):   # noqa: F811
+    small_run(world, tmp_path/'run', lr=2e-2)
     paused = small_run(world, tmp_path/'paused', lr=3e-2, session=dict(time_limit=1e-6))
     run = small_run(world, tmp_path/'run', lr=3e-2, session=dict(restart=True, resume_from=str(paused.path), time_limit=1e-6))
     assert run.status['state'] == 'paused' and not run.adapter.exists()   # nothing of the finished run is taken for this one's
@@ -324,7 +329,6 @@ def test_a_step_that_is_not_finite_is_left_out(world, monkeypatch):   # noqa: F8
 def test_the_head_alone_can_be_trained(world, tmp_path):   # noqa: F811
     "Rank 0 has no adapters, and that is no fault."
     from accelerate import Accelerator
-
     from underdog.health import Health
     base = beginner(world)()
     model = load_model(ModelConfig(str(world/'llama'), rank=0))

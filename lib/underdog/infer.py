@@ -6,7 +6,7 @@
 __all__ = ['InferConfig', 'check_run', 'read_test', 'prediction_table', 'Job', 'start_worker', 'devices_of', 'merged_base',
            'predict_parts', 'work', 'infer']
 
-# %% ../../nbs/07_infer.ipynb #861be0d8
+# %% ../../nbs/07_infer.ipynb #8023970e
 import sys, tempfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +30,7 @@ from .predict import orders_of, part_logits, progress, softmax
 from .prepare import columns
 from .workers import Workers
 
-# %% ../../nbs/07_infer.ipynb #216a3724
+# %% ../../nbs/07_infer.ipynb #63dfcad0
 @dataclass(frozen=True)
 class InferConfig:
     "Settings of one inference."
@@ -69,7 +69,7 @@ def check_run(run, cfg):
                         f"use the library of the run (build {config.get('build_id')}) and its tokenizer")
     return prompter
 
-# %% ../../nbs/07_infer.ipynb #3808f243
+# %% ../../nbs/07_infer.ipynb #9f67f17b
 def read_test(run, test_csv):
     "(rows, competition) of a test file for this run."
     comp = get_competition(run.config['competition'])
@@ -182,7 +182,7 @@ def infer(run, test_csv, out, cfg=InferConfig()):
     if code: raise (RuntimeError if 'Traceback' in tail else UserError)(f'inference with {run.path} ended with code {code}; the end of its log:\n{tail}')
     return pd.read_parquet(out/'predictions.parquet')
 
-# %% ../../nbs/07_infer.ipynb #6d7968db
+# %% ../../nbs/07_infer.ipynb #cd010621
 #| eval: false
 if __name__ == '__main__' and '__file__' in globals():
     run_worker(lambda _: work(RunFolder.open(sys.argv[1]), sys.argv[2], Path(sys.argv[3])), None)

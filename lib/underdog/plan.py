@@ -8,7 +8,7 @@ __all__ = ['LENGTHS', 'PROMPT_SHARE', 'LMSYS_ROWS', 'CHARS_PER_TOKEN', 'GIB', 'C
            'work_of', 'train_operations', 'weight_bytes', 'kept_bytes', 'memory', 'hours', 'train_hours', 'needed',
            'fewest_recomputed', 'Fit', 'best_fit', 'remedies', 'Line', 'make_plan', 'implied']
 
-# %% ../../nbs/09_plan.ipynb #0749ef2b
+# %% ../../nbs/09_plan.ipynb #a68d8d5c
 import csv, math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 
 from .core import UserError, convert, nearest, read_record, resolve_input
 
-# %% ../../nbs/09_plan.ipynb #4780bb27
+# %% ../../nbs/09_plan.ipynb #93259723
 @dataclass(frozen=True)
 class Shape:
     "What the arithmetic needs of a model."
@@ -101,7 +101,7 @@ def model_shape(model):
     return Shape(kind or path.name, **sizes, kv_heads=get('num_key_value_heads') or sizes['heads'], head_dim=get('head_dim') or sizes['hidden']//sizes['heads'], gated=not encoder, causal=not encoder, disentangled=kind.startswith('deberta'),
                  norms=4 if kind.startswith('gemma2') else 2)
 
-# %% ../../nbs/09_plan.ipynb #e0d04b95
+# %% ../../nbs/09_plan.ipynb #7c880fb4
 LENGTHS = ((0, 20), (.05, 110), (.10, 165), (.25, 300), (.538, 563), (.869, 1127), (.944, 1690), (.971, 2254), (.984, 2817), (.991, 3380), (.997, 4507), (1, 11000))   # (share of rows, tokens of prompt and both answers) of LMSYS' train.csv
 PROMPT_SHARE = .12   # of these tokens
 LMSYS_ROWS = 57_477
@@ -125,7 +125,7 @@ def csv_lengths(path, tokenizer=None):
     count = lambda texts: [len(i) for i in tok(texts, add_special_tokens=False)['input_ids']]
     return np.array([count(['\n'.join(turns) for turns in df[c]]) for c in COLUMNS], float).T
 
-# %% ../../nbs/09_plan.ipynb #fc4e97c0
+# %% ../../nbs/09_plan.ipynb #ff76ecc2
 @dataclass(frozen=True)
 class Recipe:
     "What is to be done."
@@ -181,7 +181,7 @@ def train_operations(shape, work, recipe, recomputed=0):
     attention = 1 + (2*trained + recomputed)/shape.layers
     return work.tokens*(2*shape.linear*passes + 6*shape.adapter(recipe.rank, trained)) + work.attention*attention
 
-# %% ../../nbs/09_plan.ipynb #266d8ba3
+# %% ../../nbs/09_plan.ipynb #cc941280
 GIB = 2**30
 CONTEXT = .6   # GiB of CUDA's context and of buffers that the allocator cannot use: assumed
 
@@ -211,7 +211,7 @@ def memory(shape, recipe, card, batch_tokens, recomputed, longest, size=2):
     largest = max(i*o for i, o in shape.matrices)*size
     return dict(weights=layers, embedding=embedding, adapters=4.*adapter, gradients=4.*adapter, optimizer=8.*adapter, activations=activations, workspace=largest*(recipe.quantization != 'none') + 4.*batch_tokens*shape.intermediate, context=CONTEXT*GIB)
 
-# %% ../../nbs/09_plan.ipynb #f5919e87
+# %% ../../nbs/09_plan.ipynb #620691a6
 EFFICIENCY = .55   # of the sustained rate; published runs on a T4 reached .4 to .7 (9.5 to 16.7 useful TFLOP/s of 24)
 
 def hours(shape, recipe, acc, operations, tokens, passes, batch_tokens, efficiency=EFFICIENCY):
@@ -228,7 +228,7 @@ def train_hours(shape, recipe, acc, work, batch_tokens, recomputed, efficiency=E
     seen = recipe.evaluations*recipe.held_out
     return fit + hours(shape, recipe, acc, seen*(2*shape.linear*work.tokens + work.attention), seen*work.tokens, 1, 2*batch_tokens, efficiency)
 
-# %% ../../nbs/09_plan.ipynb #5be2bc4c
+# %% ../../nbs/09_plan.ipynb #8ab0adc4
 BATCHES = (16384, 12288, 8192, 6144, 4096, 3072, 2048, 1536, 1024, 512)
 
 def needed(shape, recipe, acc, work, batch_tokens, recomputed):
@@ -260,7 +260,7 @@ def remedies(shape, recipe, acc, work):
     larger = [a.name for a in sorted(_rows(Accelerator, None).values(), key=lambda a: a.memory_gib) if a.memory_gib > acc.memory_gib and a.supported and best_fit(shape, recipe, a, work)]
     return out + larger[:2]
 
-# %% ../../nbs/09_plan.ipynb #4a6d027a
+# %% ../../nbs/09_plan.ipynb #5d3a3d67
 @dataclass(frozen=True)
 class Line:
     "A number of the plan."
@@ -295,7 +295,7 @@ def make_plan(shape, acc, recipe=Recipe(), lengths=None, test_rows=25_000, sessi
     if acc.price_usd: lines.append(Line('money', fit.hours*acc.price_usd, 'USD', f'{acc.price_usd:g} an hour; {acc.priced}'))
     return lines
 
-# %% ../../nbs/09_plan.ipynb #d138e058
+# %% ../../nbs/09_plan.ipynb #18ad6362
 PUBLISHED = (   # what, model, accelerator, recipe, rows, reported hours, layers computed twice, the kind of pass
     ('Mistral-7B, a fold on an A10G (forum)', 'mistral-7b', 'A10G', Recipe(head='joint', held_out=0., evaluations=0), round(.8*LMSYS_ROWS), 15., 32, 'train'),
     ('Gemma-2-9B, 46k rows at 1,024 on an A6000 (emiz6413)', 'gemma-2-9b', 'A6000', Recipe(head='joint', held_out=0., evaluations=0), 46_000, 15., 42, 'train'),
