@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 import torch
 from conftest import slow
-from test_pipeline import small_run, world  # noqa: F401  (fixture)
+from test_pipeline import small_run, world   # noqa: F401  (fixture)
+
 from underdog.checkpoint import Checkpoints
 from underdog.competition import LMSYS
 from underdog.core import RunFolder, UserError, cache_folder, read_json, sweep
