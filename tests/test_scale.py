@@ -85,6 +85,9 @@ def test_points_are_read_from_run_folders(finished, tmp_path):   # noqa: F811
     assert sorted(p.setting for p in points_of(find_runs([tmp_path]))) == ['lr=0.01', 'lr=0.5']
     RunFolder(other).set_status('paused')
     with pytest.raises(UserError, match='only finished runs'): points_of([other])
+    said = []
+    assert len(find_runs([tmp_path], said.append)) == 3 and said == ['1 of 4 runs are not finished and left out']
+    with pytest.raises(UserError, match='no finished run there'): find_runs([other])
     with pytest.raises(UserError, match='no run folder there'): find_runs([tmp_path/'nothing'])
 
 

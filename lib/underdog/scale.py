@@ -6,7 +6,7 @@
 __all__ = ['EXPONENTS', 'UNCHANGED', 'Points', 'fit_laws', 'law', 'Prediction', 'check_points', 'predict', 'compare',
            'extrapolate_lr', 'run_point', 'standard_errors', 'points_of', 'find_runs', 'plot_laws']
 
-# %% ../../nbs/10a_scale.ipynb #f7f1ace5
+# %% ../../nbs/10a_scale.ipynb #0af2eef6
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 
 from .core import RunFolder, UserError, read_table
 
-# %% ../../nbs/10a_scale.ipynb #a36e392f
+# %% ../../nbs/10a_scale.ipynb #278434df
 EXPONENTS = np.geomspace(.05, 1.5, 60)   # what c may be
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def fit_laws(n, losses, se):
 
 def law(a, b, c, n): return a + b*np.asarray(n, float)**-c
 
-# %% ../../nbs/10a_scale.ipynb #f82e3856
+# %% ../../nbs/10a_scale.ipynb #4dfb21ba
 @dataclass(frozen=True)
 class Prediction:
     "The loss of a setting at `n` rows: the middle of the draws, an interval, the draws themselves, hours where they are known."
@@ -80,7 +80,7 @@ def predict(p, n, draws=1000, level=.9, seed=0):
     hours = None if p.hours is None else float(np.sum(p.hours*p.n)/np.sum(p.n**2)*n)
     return Prediction(p.setting, float(n), float(middle), float(low), float(high), found, hours)
 
-# %% ../../nbs/10a_scale.ipynb #9923923b
+# %% ../../nbs/10a_scale.ipynb #4126cc88
 def compare(points, n, **kwargs):
     "A table of settings at `n` rows, the best first: loss, interval, probability to be the best, hours, gain of the loss per hour from a tenth more rows; why, where a setting is `refused`. `UserError` when all of them are."
     import pandas as pd
@@ -103,7 +103,7 @@ def extrapolate_lr(n, lr, at, batch=None, at_batch=None):
     slope, start = np.polyfit(n, lr, 1)
     return float(np.exp(start + np.clip(slope, -1, 1)*np.log(at)))*math.sqrt((at_batch or 1)/(batch or 1) if at_batch and batch else 1)
 
-# %% ../../nbs/10a_scale.ipynb #da331848
+# %% ../../nbs/10a_scale.ipynb #80a57e6d
 UNCHANGED = {'tokenizer', 'share', 'seed', 'batch_tokens', 'checkpointing', 'activation_gb', 'log_every', 'evaluations', 'fold', 'n_folds'}   # make no other setting
 
 def run_point(folder, by='rows'):
@@ -138,13 +138,15 @@ def points_of(folders, by='rows'):
     for shown, *point in found: groups.setdefault(', '.join(f"{k.split('.')[1]}={shown.get(k)}" for k in varying) or 'all runs', []).append(point)
     return [Points(name, np.array(n, float), np.array([h['loss'].mean() for h in held]), standard_errors(held), np.array(hours)) for name, (n, held, hours) in ((name, zip(*rows)) for name, rows in groups.items())]
 
-def find_runs(folders):
-    "Run folders among `folders` and below, sorted."
+def find_runs(folders, say=print):
+    "Finished runs among `folders` and below, sorted; how many are left out, as a sweep stops or loses some, is said."
     found = sorted({c.parent for f in folders for c in Path(f).rglob('config.json') if (c.parent/'status.json').is_file()})
-    if not found: raise UserError(f"{', '.join(map(str, folders))}: no run folder there")
-    return found
+    done = [f for f in found if RunFolder(f).status['state'] == 'finished']
+    if not done: raise UserError(f"{', '.join(map(str, folders))}: no {'finished run' if found else 'run folder'} there")
+    if len(done) < len(found): say(f'{len(found) - len(done)} of {len(found)} runs are not finished and left out')
+    return done
 
-# %% ../../nbs/10a_scale.ipynb #a4873a5f
+# %% ../../nbs/10a_scale.ipynb #5351e528
 def plot_laws(points, n, by='rows'):
     "Points with their errors, the law of each setting and its interval up to `n` rows (or steps)."
     from matplotlib.figure import Figure
