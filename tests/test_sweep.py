@@ -10,7 +10,8 @@ import nbformat
 import pytest
 
 from underdog.core import UserError
-from underdog.sweep import Sweep, curve, falls_behind, importances, positions, read_sweep, run_sweep, study_of, trials_table, write_figures
+from underdog.sweep import Sweep, abandon, curve, falls_behind, folder_of, read_sweep, run_sweep, study_of, suggest, trials_of, trials_table
+from underdog.trials import importances, positions, write_figures
 
 PRETEND = '''import json, math, time
 from pathlib import Path
@@ -51,10 +52,10 @@ def ends(table): return {r['trial']: round(r['loss'], 9) for _, r in table.iterr
 def test_killed_anywhere_it_ends_as_if_it_had_not_been(tmp_path, kernel):
     file = write(tmp_path, kernel, fixed=dict(nap=.4))
     whole = run_sweep(read_sweep(file), tmp_path/'whole', say=lambda s: None)
-    for after in (2.5, 4.):
+    for after, kill in ((3.5, os.kill), (4., os.killpg)):   # the sweep alone, whose trial must end by itself; all of it
         process = subprocess.Popen([sys.executable, '-c', CODE, str(file), str(tmp_path/'killed')], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
         time.sleep(after)
-        os.killpg(process.pid, signal.SIGKILL)
+        kill(process.pid, signal.SIGKILL)
         process.wait()
     table = run_sweep(read_sweep(file), tmp_path/'killed', say=lambda s: None)
     assert ends(table) == ends(whole) and len(table) == 4 and table['trial'].is_unique
@@ -68,6 +69,38 @@ def test_two_processes_share_one_sweep(tmp_path, kernel):
     table = trials_table(study_of(read_sweep(file), tmp_path/'out'))
     assert (table['state'] == 'complete').sum() >= 6 and table['trial'].is_unique
     assert sum(s.count(': complete') for s in said) == (table['state'] == 'complete').sum()   # nothing was done twice
+
+
+def test_what_a_killed_process_leaves_is_taken_up_by_the_other(tmp_path, kernel):
+    file = write(tmp_path, kernel, trials=3, search='random', fixed=dict(nap=.7))
+    start = lambda: subprocess.Popen([sys.executable, '-c', CODE, str(file), str(tmp_path/'out')], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    doomed = start()
+    while not list(tmp_path.glob('out/*/run/metrics.jsonl')): time.sleep(.1)
+    other = start()
+    while len(list(tmp_path.glob('out/*/run/metrics.jsonl'))) < 2: time.sleep(.1)
+    doomed.kill()
+    assert other.wait(timeout=120) == 0, other.communicate()[0]
+    table = trials_table(study_of(read_sweep(file), tmp_path/'out'))
+    assert list(table['state']) == ['complete']*3 and list(table['evaluations']) == [3]*3 and table['trial'].is_unique
+
+
+def test_a_journal_torn_anywhere_in_its_last_lines_ends_the_same(tmp_path, kernel):
+    "Without trainings: a trial is told its loss at once, and the journal is cut where a killed writer, or a full disk, would have cut it."
+    sweep = Sweep(dict(lr=dict(low=1e-6, high=1e-2, log=True), rank=[4, 8, 16]), trials=4)
+    def go_on(out):
+        study = study_of(sweep, out)
+        abandon(study, out)
+        while trial := suggest(sweep, study):
+            trial.set_user_attr('state', 'complete')
+            study.tell(trial, trial.params['lr']*trial.params['rank'])
+        return {folder_of(t.params): t.value for t in trials_of(study) if t.state.name == 'COMPLETE'}
+    whole = go_on(tmp_path/'whole')
+    journal = (tmp_path/'whole'/'journal.log').read_bytes()
+    for cut in range(len(journal) - 1, 0, -307):
+        (tmp_path/str(cut)).mkdir()
+        (tmp_path/str(cut)/'journal.log').write_bytes(journal[:cut])
+        assert go_on(tmp_path/str(cut)) == whole, cut
+    assert len(whole) == 4 and cut < 400
 
 
 def test_a_grid_is_walked_once_and_failures_are_kept_and_not_repeated(tmp_path, kernel):

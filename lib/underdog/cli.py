@@ -6,7 +6,7 @@
 __all__ = ['app', 'Csv', 'Comp', 'check', 'floors', 'show', 'run', 'sweep', 'scale', 'doctor', 'plan', 'submission', 'demo',
            'main']
 
-# %% ../../nbs/13_cli.ipynb #762f5b56
+# %% ../../nbs/13_cli.ipynb #0f17e4b3
 import json, sys
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +19,7 @@ from . import remote
 from .core import UserError
 from .terminal import params, table
 
-# %% ../../nbs/13_cli.ipynb #171082c6
+# %% ../../nbs/13_cli.ipynb #35c50e25
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode='markdown', pretty_exceptions_enable=False,
                   help='Fine-tune an LLM on human preference pairs with a free Kaggle account.\n\nStart with `underdog check train.csv`, then `underdog floors train.csv`, then `underdog run train --list`; `underdog doctor` looks for what is wrong.')
 Csv = Annotated[Path, typer.Argument(help='train.csv or test.csv of a competition (or .parquet)', show_default=False)]
@@ -29,7 +29,7 @@ def _competition(name):
     from underdog.competition import get_competition
     return get_competition(name) if name else None
 
-# %% ../../nbs/13_cli.ipynb #e1279377
+# %% ../../nbs/13_cli.ipynb #2a1bb4f3
 @app.command()
 def check(file: Csv, competition: Comp = ''):
     "Read a competition file and print what was found and repaired; a defect is named with its row and column."
@@ -82,7 +82,8 @@ def sweep(file: Annotated[Path, typer.Argument(help='sweep.yaml: kernel, search 
     """Train with many settings and find the best: a folder and an executed notebook for each, hopeless ones ended early.
 
     Killed at any point, the same command goes on; several processes may share one folder. Example of a space: `lr: {low: 1e-5, high: 1e-3, log: true}`, `rank: [8, 16, 64]`."""
-    from underdog.sweep import read_sweep, run_sweep, write_figures
+    from underdog.sweep import read_sweep, run_sweep
+    from underdog.trials import write_figures
     said = read_sweep(file)
     found = run_sweep(said, out, hours, typer.echo)
     names = ['trial', *said.space, 'state', 'loss', 'seconds', 'gpu_s' if found['gpu_s'].any() else 'cpu_s']
@@ -169,10 +170,10 @@ def demo(out: Annotated[Path, typer.Option(help='folder for everything that is m
     table(f"Held-out log loss, {result['rows']} rows, {result['minutes']} minutes", ['prediction', 'log loss'], [(t, result[k] if result[k] is not None else 'unknown') for k, t in names.items()])
     typer.echo(f"report: {result['report']}\n{json.dumps(result)}")
 
-# %% ../../nbs/13_cli.ipynb #704d66f8
+# %% ../../nbs/13_cli.ipynb #f0a402c4
 for command in remote.COMMANDS: app.command(rich_help_panel='On Kaggle')(command)
 
-# %% ../../nbs/13_cli.ipynb #a20b778a
+# %% ../../nbs/13_cli.ipynb #41e51ab1
 def _version(value: bool):
     if value:
         from underdog.core import build_id

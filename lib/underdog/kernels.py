@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['find_kernel', 'kernel_parameters', 'check_parameters', 'run_kernel']
 
-# %% ../../nbs/09a_kernels.ipynb #54be54e2
-import ast, sys
+# %% ../../nbs/09a_kernels.ipynb #4431cd90
+import ast, json, sys
 from pathlib import Path
 
 from .core import UserError, convert, nearest
+from .session import end_with
 
-# %% ../../nbs/09a_kernels.ipynb #512c1a6a
+# %% ../../nbs/09a_kernels.ipynb #5a7943c9
 def find_kernel(name):
     "Path of a kernel notebook: a path to an .ipynb, or the name of one in nbs/kernels of the checkout."
     path = Path(name)
@@ -47,7 +48,7 @@ def check_parameters(path, given):
         out[name] = value if default is None and not isinstance(value, str) else convert(value, float | None if default is None else type(default), name)
     return out
 
-# %% ../../nbs/09a_kernels.ipynb #186394cf
+# %% ../../nbs/09a_kernels.ipynb #c89899ff
 def run_kernel(name, parameters, out):
     "Execute a kernel with checked `parameters`; the executed notebook is written to `out`/<kernel>.ipynb, whose path is returned. A failed kernel raises."
     import papermill as pm
@@ -61,3 +62,9 @@ def run_kernel(name, parameters, out):
         if e.ename == 'UserError': raise UserError(e.evalue) from None
         raise RuntimeError(f'{path.stem}: {e.ename}: {e.evalue} (cell {e.exec_count}; the executed notebook is {target})') from None
     return target
+
+# %% ../../nbs/09a_kernels.ipynb #14c3cd88
+#| eval: false
+if __name__ == '__main__' and '__file__' in globals():   # KERNEL PARAMETERS OUT PARENT
+    end_with(int(sys.argv[4]))
+    run_kernel(sys.argv[1], json.loads(sys.argv[2]), sys.argv[3])
