@@ -9,8 +9,9 @@ from test_pipeline import finished, world   # noqa: F401  (fixtures)
 
 from underdog.core import RunFolder, UserError, write_json
 from underdog.data import prompt_groups, read_rows
+from underdog.learning_rate import best_rates, check_valley, extrapolate_lr, valleys, vertex
 from underdog.prepare import with_folds
-from underdog.scale import Points, check_points, compare, extrapolate_lr, find_runs, fit_laws, law, plot_laws, points_of, predict, run_point, standard_errors
+from underdog.scale import Points, check_points, compare, find_runs, fit_laws, law, plot_laws, points_of, predict, run_point, standard_errors
 from underdog.train import TrainConfig
 
 SIZES = np.array([1000., 2000, 4000, 8000])
@@ -53,10 +54,62 @@ def test_the_setting_that_wins_later_is_found_and_a_tie_is_said():
     assert len(plot_laws([early, late], 57_477).axes[0].lines) >= 2
 
 
-def test_learning_rates():
+RATES = np.array([1e-5, 1e-4, 1e-3, 1e-2])
+
+def bowl(best, depth=.02): return 1. + depth*np.log(RATES/best)**2
+
+
+@given(st.floats(4e-5, 2.5e-3), st.floats(.001, 1.))
+def test_the_vertex_of_a_parabola_is_found(best, depth):
+    assert vertex(RATES, bowl(best, depth)[None])[0] == pytest.approx(best, rel=1e-6)
+
+
+def test_learning_rates_are_carried_over():
     assert extrapolate_lr([1000, 2000, 4000], [4e-4, 4e-4, 4e-4], 64_000) == pytest.approx(4e-4)
     assert extrapolate_lr([1000, 4000], [4e-4, 2e-4], 16_000, batch=16, at_batch=64) == pytest.approx(2e-4)
+    assert extrapolate_lr([1000, 4000], [1e-4, 1e-1], 2000) == pytest.approx(10**-2.5)   # whatever the slope, through the middle of the points
     with pytest.raises(UserError, match='at two sizes'): extrapolate_lr([1000, 1000], [4e-4, 2e-4], 16_000)
+
+
+def test_intervals_of_learning_rates_hold_what_they_promise():
+    rng, inside = np.random.default_rng(3), []
+    for i in range(200):
+        middle, slope = 10**rng.uniform(-4, -3), rng.uniform(-.5, 0.)
+        sizes = {n: (RATES, bowl(middle*(n/2000)**slope) + rng.normal(size=4)*.005, np.full(4, .005)) for n in (1000, 2000, 4000)}
+        last = best_rates({'all runs': (16, sizes)}, 32_000, draws=200, seed=i).iloc[-1]
+        if not last['refused']: inside.append(last['low'] <= middle*16**slope <= last['high'])
+    assert len(inside) > 150 and .82 < np.mean(inside) < .98
+
+
+@pytest.mark.parametrize('lr, losses, message', [(RATES[:2], bowl(1e-4)[:2], 'three at least'), (RATES, bowl(1e-4, 1e-4), 'noise'), (RATES, bowl(1e-1), 'the largest .* try larger'), (RATES, bowl(1e-7), 'the smallest .* try smaller')])
+def test_learning_rates_that_say_nothing_are_refused(lr, losses, message):
+    with pytest.raises(UserError, match=message): check_valley(1000, lr, losses, np.full(len(lr), .01))
+
+
+def test_learning_rates_are_read_from_run_folders_and_told(finished, tmp_path):   # noqa: F811
+    "Copies of a real run that say they learned with other rates from more rows; the best rate falls with the square root of the rows."
+    import pandas as pd
+    from typer.testing import CliRunner
+
+    from underdog.cli import app
+    _, n, *_ = run_point(finished.path)
+    rows, oof = (pd.read_parquet(finished.path/f) for f in ('rows.parquet', 'oof.parquet'))
+    y, p = oof[['y_a', 'y_b', 'y_tie']].to_numpy(), oof[['p_a', 'p_b', 'p_tie']].to_numpy()
+    for k in (1, 4):
+        for lr in RATES:
+            to = tmp_path/'runs'/f'{k} {lr}'
+            shutil.copytree(finished.path, to)
+            pd.concat([rows]*k).to_parquet(to/'rows.parquet')
+            share = .5 - .01*np.log(lr/(1e-3/np.sqrt(k)))**2
+            oof.assign(**dict(zip(('p_a', 'p_b', 'p_tie'), ((1 - share)*p + share*y).T))).to_parquet(to/'oof.parquet')
+            write_json(to/'config.json', finished.config | dict(train=finished.config['train'] | dict(lr=lr)))
+    (batch, sizes), = valleys(find_runs([tmp_path])).values()
+    assert batch == finished.config['train']['batch_rows'] and list(sizes) == [n, 4*n] and (sizes[n][0] == RATES).all()
+    table = best_rates({'all runs': (batch, sizes)}, 16*n)
+    assert table['lr'].tolist() == pytest.approx([1e-3, 5e-4, 2.5e-4], rel=.2) and (table['low'] <= table['lr']).all() and (table['lr'] <= table['high']).all()
+    told = CliRunner().invoke(app, ['scale', str(tmp_path/'runs'), '--at', str(16*n), '--out', str(tmp_path)])
+    assert 'best learning rate' in told.output and (tmp_path/'learning_rate.png').stat().st_size > 10_000
+    assert isinstance(told.exception, UserError) and 'three different ones' in str(told.exception)   # two sizes are enough for a learning rate, not for a law
 
 
 def test_points_are_read_from_run_folders(finished, tmp_path):   # noqa: F811

@@ -92,14 +92,26 @@ def sweep(file: Annotated[Path, typer.Argument(help='sweep.yaml: kernel, search 
     for _, r in found[found['state'] == 'failed'].iterrows(): typer.echo(f"{r['trial']} failed: {r['why']}")
 
 @app.command()
-def scale(folders: Annotated[list[Path], typer.Argument(help='run folders, or folders that hold some (a sweep)', show_default=False)], at: Annotated[int, typer.Option(help='rows of the full training, or its steps')] = 57477,
-          by: Annotated[str, typer.Option(help='what the loss falls with: rows (learned from), or steps, for runs of different epochs')] = 'rows', out: Annotated[Path, typer.Option(help='folder for scale.png')] = Path('runs')):
+def scale(folders: Annotated[list[Path], typer.Argument(help='run folders, or folders that hold some (a sweep)', show_default=False)], at: Annotated[int, typer.Option(min=1, help='rows of the full training, or its steps')] = 57477,
+          by: Annotated[str, typer.Option(help='what the loss falls with: rows (learned from), or steps, for runs of different epochs')] = 'rows',
+          batch: Annotated[int, typer.Option(min=0, help='rows per step of the full training, for its learning rate; 0: as in the runs')] = 0, out: Annotated[Path, typer.Option(help='folder for the figures scale.png and learning_rate.png')] = Path('runs')):
     """Predict the loss on all of the data from runs on parts of it, for every setting, with intervals; noise is not extrapolated.
 
-    Wants runs of the same settings on three sizes of data at least: `share: [.05, .1, .2, .4]` in the space of a sweep makes them. `best` is the share of the draws in which a setting wins."""
+    Wants runs of the same settings on three sizes of data at least: `share: [.05, .1, .2, .4]` in the space of a sweep makes them. `best` is the share of the draws in which a setting wins; `gain_per_hour` is what another hour of more rows brings, `per_hour_over_cheapest` what an hour of the dearer setting brings.
+
+    Where three learning rates or more were tried at two sizes, the best one is also carried over to all of the data."""
     from underdog.core import atomic_path
+    from underdog.learning_rate import best_rates, plot_rates, valleys
     from underdog.scale import compare, find_runs, plot_laws, points_of
-    points = points_of(find_runs(folders), by)
+    runs = find_runs(folders)
+    found = {k: v for k, v in valleys(runs, by).items() if any(len(lr) > 1 for lr, *_ in v[1].values())}
+    if found:
+        rates = best_rates(found, at, batch or None)
+        table(f'best learning rate, {by} from few to {at:,}', rates.columns[:-1], [tuple(None if v != v else v for v in r) for r in rates[rates.columns[:-1]].itertuples(index=False)])
+        for why in rates['refused'].loc[lambda s: s != '']: typer.echo(f'refused: {why}')
+        with atomic_path(out/'learning_rate.png') as tmp: plot_rates(found, rates).savefig(tmp, format='png', dpi=130)
+        typer.echo(f"figure: {out/'learning_rate.png'}")
+    points = points_of(runs, by)
     found = compare(points, at)
     names = [c for c in found if found[c].notna().any() and c != 'refused']
     table(f'at {at:,} {by}', names, [tuple(None if v != v else v for v in r) for r in found[names].itertuples(index=False)])

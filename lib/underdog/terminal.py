@@ -18,12 +18,12 @@ from .core import UserError
 def shown(value):
     "A value as it stands in a table."
     if value is None: return ''
-    return f'{value:,}' if isinstance(value, int) and not isinstance(value, bool) else f'{value:.4f}' if isinstance(value, float) else str(value)
+    return f'{value:,}' if isinstance(value, int) and not isinstance(value, bool) else f'{value:.4f}' if isinstance(value, float) and (value == 0 or abs(value) >= .001) else f'{value:.3g}' if isinstance(value, float) else str(value)
 
 def table(title, columns, rows):
     "Print a table; columns of numbers are aligned right."
     t, cells = Table(title=title, title_justify='left'), [[shown(v) for v in r] for r in rows]
-    for i, c in enumerate(columns): t.add_column(c, justify='right' if i and all(re.fullmatch(r'[-+\d.,]*', r[i]) for r in cells) else 'left')
+    for i, c in enumerate(columns): t.add_column(c, justify='right' if i and all(re.fullmatch(r'[-+\d.,e]*', r[i]) for r in cells) else 'left')
     for r in cells: t.add_row(*map(escape, r))
     Console(force_jupyter=False).print(t)
 
