@@ -81,7 +81,7 @@ def test_intervals_of_learning_rates_hold_what_they_promise():
     assert len(inside) > 150 and .82 < np.mean(inside) < .98
 
 
-@pytest.mark.parametrize('lr, losses, message', [(RATES[:2], bowl(1e-4)[:2], 'three at least'), (RATES, bowl(1e-4, 1e-4), 'noise'), (RATES, bowl(1e-1), 'the largest .* try larger'), (RATES, bowl(1e-7), 'the smallest .* try smaller')])
+@pytest.mark.parametrize('lr, losses, message', [(RATES[:2], bowl(1e-4)[:2], 'three at least'), (RATES, bowl(1e-4, 1e-4), 'noise'), (RATES, bowl(1e-1), 'the largest .* try larger'), (RATES, bowl(1e-7), 'the smallest .* try smaller'), (RATES, bowl(np.nan), 'not finite')])
 def test_learning_rates_that_say_nothing_are_refused(lr, losses, message):
     with pytest.raises(UserError, match=message): check_valley(1000, lr, losses, np.full(len(lr), .01))
 

@@ -103,6 +103,15 @@ def test_a_journal_torn_anywhere_in_its_last_lines_ends_the_same(tmp_path, kerne
     assert len(whole) == 4 and cut < 400
 
 
+def test_a_journal_of_an_earlier_build_is_read(tmp_path):
+    import optuna
+    from optuna.storages.journal import JournalFileBackend, JournalStorage
+    sweep = Sweep(dict(rank=[4, 8]))
+    optuna.create_study(study_name='sweep', storage=JournalStorage(JournalFileBackend(str(tmp_path/'journal.log')))).set_user_attr('key', sweep.key)   # without the names of its parameters
+    assert len(trials_table(study_of(sweep, tmp_path))) == 0
+    assert suggest(sweep, study_of(sweep, tmp_path)).params['rank'] in (4, 8)
+
+
 def test_a_grid_is_walked_once_and_failures_are_kept_and_not_repeated(tmp_path, kernel):
     file = write(tmp_path, kernel, trials=20, search='grid', fixed=dict(fail_above=5e-3), space=dict(lr=['1e-5', 1e-4, 1e-2], rank=[4, 8]))
     table = run_sweep(read_sweep(file), tmp_path/'out', say=lambda s: None)

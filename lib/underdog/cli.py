@@ -108,8 +108,8 @@ def scale(folders: Annotated[list[Path], typer.Argument(help='run folders, or fo
     if found:
         rates = best_rates(found, at, batch or None)
         table(f'best learning rate, {by} from few to {at:,}', rates.columns[:-1], [tuple(None if v != v else v for v in r) for r in rates[rates.columns[:-1]].itertuples(index=False)])
-        for why in rates['refused'].loc[lambda s: s != '']: typer.echo(f'refused: {why}')
-        with atomic_path(out/'learning_rate.png') as tmp: plot_rates(found, rates).savefig(tmp, format='png', dpi=130)
+        for name, why in rates.loc[rates['refused'] != '', ['setting', 'refused']].itertuples(index=False): typer.echo(f'refused: {name}: {why}')
+        with atomic_path(out/'learning_rate.png') as tmp: plot_rates(found, rates, by).savefig(tmp, format='png', dpi=130)
         typer.echo(f"figure: {out/'learning_rate.png'}")
     points = points_of(runs, by)
     found = compare(points, at)

@@ -24,11 +24,12 @@ def vertex(lr, losses):
 
 # %% ../../nbs/10c_learning_rate.ipynb #92289da9
 def check_valley(n, lr, losses, se):
-    "`UserError` where the best of the learning rates `lr` (k,), ascending, at `n` rows says nothing."
-    if len(lr) < 3: raise UserError(f'{n:,} rows: {len(lr)} learning rate(s); three at least are needed to see where the best one lies')
+    "`UserError` where the best of the learning rates `lr` (k,), ascending, at the size `n` says nothing."
+    if not np.isfinite(losses).all(): raise UserError(f'size {n:,}: a loss that is not finite')
+    if len(lr) < 3: raise UserError(f'size {n:,}: {len(lr)} learning rate(s); three at least are needed to see where the best one lies')
     low, high = losses.argmin(), losses.argmax()
-    if losses[high] - losses[low] < 2*math.hypot(se[low], se[high]): raise UserError(f'{n:,} rows: learning rates from {lr[0]:g} to {lr[-1]:g} differ by {losses[high] - losses[low]:.4f} in their loss, which is noise; try a wider range')
-    if low in (0, len(lr) - 1): raise UserError(f"{n:,} rows: the {'smallest' if low == 0 else 'largest'} learning rate tried, {lr[low]:g}, is the best one; try {'smaller' if low == 0 else 'larger'} ones, too")
+    if losses[high] - losses[low] < 2*math.hypot(se[low], se[high]): raise UserError(f'size {n:,}: learning rates from {lr[0]:g} to {lr[-1]:g} differ by {losses[high] - losses[low]:.4f} in their loss, which is noise; try a wider range')
+    if low in (0, len(lr) - 1): raise UserError(f"size {n:,}: the {'smallest' if low == 0 else 'largest'} learning rate tried, {lr[low]:g}, is the best one; try {'smaller' if low == 0 else 'larger'} ones, too")
 
 def draw_best(lr, losses, se, rng, draws=1000):
     "(draws,) best learning rates, with the losses (k,) drawn with their standard errors `se` (k,)."
@@ -77,7 +78,7 @@ def best_rates(found, at, at_batch=None, draws=1000, level=.9, seed=0):
     return pd.DataFrame(rows, columns=['setting', 'n', 'lr', 'low', 'high', 'refused'])
 
 # %% ../../nbs/10c_learning_rate.ipynb #0497f526
-def plot_rates(found, table):
+def plot_rates(found, table, by='rows'):
     "A row for each of the settings of `valleys`: loss against learning rate at each size; its best learning rates against the rows, from the table of `best_rates`."
     from matplotlib.figure import Figure
     figure = Figure(figsize=(9, 3.3*len(found)), layout='constrained')
@@ -87,6 +88,6 @@ def plot_rates(found, table):
         left.legend(fontsize=8)
         part = table[(table['setting'] == name) & table['lr'].notna()]
         right.errorbar(part['n'], part['lr'], (part['lr'] - part['low'], part['high'] - part['lr']), fmt='o--', ms=4, lw=1, color='C0')
-        right.set(xscale='log', yscale='log', xlabel='rows learned from', ylabel='best learning rate')
+        right.set(xscale='log', yscale='log', xlabel='rows learned from' if by == 'rows' else 'optimizer steps', ylabel='best learning rate')
         for ax in (left, right): ax.grid(alpha=.3)
     return figure

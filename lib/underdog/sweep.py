@@ -95,11 +95,10 @@ def study_of(sweep, out):
     mend(Path(out)/'journal.log')
     try: study = optuna.create_study(study_name='sweep', storage=JournalStorage(JournalFileBackend(str(Path(out)/'journal.log'))), direction='minimize', load_if_exists=True)
     except (ValueError, KeyError, json.JSONDecodeError) as e: raise UserError(f'{out}/journal.log: not a journal of a sweep ({str(e).splitlines()[0]}); give another folder') from None
-    known = study.user_attrs.get('key')
-    if known is None:
-        study.set_user_attr('parameters', list(sweep.space))
-        study.set_user_attr('key', sweep.key)
-    elif known != sweep.key: raise UserError(f'{out}/journal.log is of another sweep: space, kernel, fixed settings, search or seed differ; give another folder')
+    noted = study.user_attrs
+    if noted.get('key', sweep.key) != sweep.key: raise UserError(f'{out}/journal.log is of another sweep: space, kernel, fixed settings, search or seed differ; give another folder')
+    for k, v in dict(parameters=list(sweep.space), key=sweep.key).items():
+        if k not in noted: study.set_user_attr(k, v)
     return study
 
 def distributions(space):
@@ -217,14 +216,15 @@ def _outcome(study, trial, run, folder, code, stopped, spent):
     return state
 
 # %% ../../nbs/10_sweep.ipynb #4777af64
-def abandon(study, out):
-    "Mark as interrupted the running trials in whose folders nobody works any more."
+def abandon(study, out, say=print):
+    "Mark as interrupted the running trials in whose folders nobody works any more; what a killed process had started is given a minute to save and end."
     from optuna.trial import TrialState
     for t in trials_of(study):
         if t.state != TrialState.RUNNING: continue
         turn = Path(out)/folder_of(t.params)/'.turn'
+        if orphan := _orphan(turn/'.lock'): say(f'{turn.parent.name}: left by a process that is gone; taken up as soon as what it had started has ended')
         try:
-            with locked(turn, wait=60*_orphan(turn/'.lock')): study.tell(t.number, state=TrialState.FAIL)
+            with locked(turn, wait=60*orphan): study.tell(t.number, state=TrialState.FAIL)
         except UserError: pass   # somebody is at it
 
 def _orphan(lock):
@@ -257,7 +257,7 @@ def run_sweep(sweep, out, hours=0., say=print):
     while time.monotonic() + (1.2*max(took) if took else 0.) < end:
         with ExitStack() as held:
             with locked_asking(out):
-                abandon(study, out)
+                abandon(study, out, say)
                 trial = suggest(sweep, study)
                 if trial is None: break
                 folder = out/folder_of(trial.params)

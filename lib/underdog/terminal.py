@@ -18,7 +18,8 @@ from .core import UserError
 def shown(value):
     "A value as it stands in a table."
     if value is None: return ''
-    return f'{value:,}' if isinstance(value, int) and not isinstance(value, bool) else f'{value:.4f}' if isinstance(value, float) and (value == 0 or abs(value) >= .001) else f'{value:.3g}' if isinstance(value, float) else str(value)
+    if isinstance(value, float): return f'{value:.4f}' if value == 0 or abs(value) >= .001 else f'{value:.3g}'
+    return f'{value:,}' if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 def table(title, columns, rows):
     "Print a table; columns of numbers are aligned right."
