@@ -5,11 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import nbformat
 import pytest
 
 from underdog.core import UserError
+from underdog.session import locked
 from underdog.sweep import Sweep, abandon, curve, falls_behind, folder_of, read_sweep, run_sweep, study_of, suggest, trials_of, trials_table
 from underdog.trials import importances, positions, write_figures
 
@@ -101,6 +103,48 @@ def test_a_journal_torn_anywhere_in_its_last_lines_ends_the_same(tmp_path, kerne
         (tmp_path/str(cut)/'journal.log').write_bytes(journal[:cut])
         assert go_on(tmp_path/str(cut)) == whole, cut
     assert len(whole) == 4 and cut < 400
+
+
+def asked(out):
+    sweep = Sweep(dict(rank=[4, 8, 16]))
+    study = study_of(sweep, out)
+    return study, suggest(sweep, study)
+
+
+def states(study): return [t.state.name for t in study.get_trials()]
+
+
+def test_a_trial_that_ends_while_another_process_looks_keeps_its_loss(tmp_path, monkeypatch):
+    study, trial = asked(tmp_path)
+    @contextmanager
+    def late(folder, wait=0.):   # its owner ends it and lets go of it, between our look and our turn
+        study.tell(trial, .9)
+        yield
+    monkeypatch.setattr('underdog.sweep.locked', late)
+    abandon(study, tmp_path)
+    assert states(study) == ['COMPLETE'] and study.best_value == .9
+
+
+def test_what_runs_on_another_machine_is_not_waited_for(tmp_path):
+    study, trial = asked(tmp_path)
+    turn, said = tmp_path/folder_of(trial.params)/'.turn', []
+    with locked(turn):
+        (turn/'.lock').write_text(f'{2**22 + 1} on another')   # no process here has this number
+        abandon(study, tmp_path, said.append)
+    assert states(study) == ['RUNNING'] and not said
+    abandon(study, tmp_path, said.append)
+    assert states(study) == ['FAIL'] and not said   # let go of, wherever it was
+
+
+def test_a_writer_killed_within_a_line_stops_nobody(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)   # a relative folder, as on the command line
+    study, trial = asked('out')
+    code = "import os\nfrom underdog.sweep import JournalLock\nlock = JournalLock('out/journal.log')\nlock.acquire()\nlock.file.write(b'{\"op_code\": 8, \"wor')\nlock.file.flush()\nos.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, '-c', code]).returncode == -signal.SIGKILL
+    trial.set_user_attr('seen', 1)   # by one who had the journal open
+    (again, second), whole = asked('out'), open('out/journal.log').read()
+    assert states(again) == ['RUNNING', 'RUNNING'] and again.trials[0].user_attrs == dict(seen=1) and second.number == 1
+    assert all(json.loads(line) for line in whole.splitlines())
 
 
 def test_a_journal_of_an_earlier_build_is_read(tmp_path):

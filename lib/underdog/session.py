@@ -6,7 +6,7 @@
 __all__ = ['Clock', 'span', 'Session', 'alive', 'end_with', 'locked']
 
 # %% ../../nbs/00a_session.ipynb #e323eb89
-import math, os, signal, threading, time
+import math, os, signal, socket, threading, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,6 +109,6 @@ def locked(folder, wait=0.):
             if time.monotonic() >= end: raise UserError(f'{folder}: process {f.read().strip() or "another"} is at work there; wait for it, stop it, or give another folder')
             time.sleep(.1)
         f.truncate(0)
-        f.write(f'{os.getpid()}\n')
+        f.write(f'{os.getpid()} on {socket.gethostname()}\n')
         f.flush()
         yield f.fileno()
