@@ -32,8 +32,9 @@ def check_valley(n, lr, losses, se):
     if low in (0, len(lr) - 1): raise UserError(f"size {n:,}: the {'smallest' if low == 0 else 'largest'} learning rate tried, {lr[low]:g}, is the best one; try {'smaller' if low == 0 else 'larger'} ones, too")
 
 def draw_best(lr, losses, se, rng, draws=1000):
-    "(draws,) best learning rates, with the losses (k,) drawn with their standard errors `se` (k,)."
-    return vertex(lr, losses + rng.normal(size=(draws, len(lr)))*se)
+    "(draws,) best learning rates, with the losses (k,) drawn with their standard errors `se` (k,), and up to a quarter of the step between two learning rates off, as a valley is not quite a parabola."
+    step = np.log(lr[-1]/lr[0])/(len(lr) - 1)
+    return vertex(lr, losses + rng.normal(size=(draws, len(lr)))*se)*np.exp(rng.uniform(-step/4, step/4, draws))
 
 # %% ../../nbs/10c_learning_rate.ipynb #e2cdf9cb
 def extrapolate_lr(n, lr, at, batch=1, at_batch=1):
