@@ -206,8 +206,8 @@ def test_the_command(tmp_path, kernel):
 def test_the_sweep_kernel_goes_on_in_the_next_session(tmp_path, kernel, monkeypatch):
     "Under papermill, as on Kaggle; the second session has only the output of the first, which it does not touch."
     from underdog.kernels import run_kernel
-    file = write(tmp_path, kernel)
-    run_kernel('sweep', dict(sweep=str(file), out=str(tmp_path/'first'), time_limit='0.002'), tmp_path/'nb')
+    file = write(tmp_path, kernel, fixed=dict(nap=1.2))   # four trials take longer than the first session, on however fast a machine
+    run_kernel('sweep', dict(sweep=str(file), out=str(tmp_path/'first'), time_limit='0.004'), tmp_path/'nb')
     before = {p: p.read_bytes() for p in (tmp_path/'first').rglob('*') if p.is_file()}
     assert 0 < len(list((tmp_path/'first').glob('trial-*'))) < 4
     run_kernel('sweep', dict(sweep=str(file), out=str(tmp_path/'second'), resume_from=str(tmp_path/'first')), tmp_path/'nb')
