@@ -167,8 +167,8 @@ def test_a_grid_is_walked_once_and_failures_are_kept_and_not_repeated(tmp_path, 
 
 
 def test_a_limit_ends_it_and_the_next_session_goes_on(tmp_path, kernel):
-    file = write(tmp_path, kernel)
-    first = run_sweep(read_sweep(file), tmp_path/'out', hours=1e-3, say=lambda s: None)
+    file = write(tmp_path, kernel, fixed=dict(nap=.8))
+    first = run_sweep(read_sweep(file), tmp_path/'out', hours=2e-3, say=lambda s: None)
     assert 0 < len(first) < 4
     assert len(run_sweep(read_sweep(file), tmp_path/'out', say=lambda s: None)) == 4
 
