@@ -2,8 +2,7 @@
 
     python -m benchmarks.learning_rate [--rows 2400] [--layers 2] [--out runs/learning_rate]
 
-The model is the lower layers of SmolLM2-135M with LoRA, without help from the floors, on generated rows. `regret` is what the predicted learning rate costs: its held-out loss on all rows, less the least of all that were tried there. It takes some minutes and goes on where it was stopped;
-a second process with the same command shares the work. The last line is JSON.
+The model is the lower layers of SmolLM2-135M with LoRA, without help from the floors, on generated rows. `regret` is what the predicted learning rate costs: its held-out loss on all rows, less the least of all that were tried there. It takes a quarter of an hour and goes on where it was stopped. The last line is JSON.
 """
 import argparse
 import os
