@@ -34,17 +34,19 @@ def main():
     from underdog.demo import smollm2
     from underdog.learning_rate import best_rates
     from underdog.sample import write_sample
-    file, whole = args.out/'rows'/'train.csv', args.rows*4//5
+    out, whole = args.out/f'{args.rows}-{args.layers}', args.rows*4//5
+    file = out/'rows'/'train.csv'
     if not file.is_file(): write_sample(file.parent, args.rows, 10)
     fixed = dict(train_csv=str(file), model=str(smollm2()), layers=args.layers, quantization='none', max_length=128, rank=16, alpha=32, head_lr=1e-3, start='none', probe_rows=0, evaluations=1)
-    found = best_rates({'all runs': sweep('small', fixed, [.25, .5], RATES, args.out)}, whole)
+    found = best_rates({'all runs': sweep('small', fixed, [.25, .5], RATES, out)}, whole)
     told = found.iloc[-1]
     rows = [(f'{r.n:,}', *(f'{v:.2e}' for v in (r.lr, r.low, r.high)), r.refused) for r in found.itertuples()]
     table('best learning rate', ('rows', 'rate', 'from', 'to', 'refused'), rows)
     if told['refused']: return last_line(dict(refused=told['refused'], rows=args.rows))
-    (lr, losses, _), = sweep('full', fixed, [1.], RATES, args.out)[1].values()
-    (_, (own,), _), = sweep('predicted', fixed, [1.], [float(f'{told["lr"]:.2e}')], args.out)[1].values()
-    table(f'held-out loss, all {whole:,} rows', ('rate', 'loss'), [*((f'{a:.2e}', f'{b:.4f}') for a, b in zip(lr, losses)), (f'{told["lr"]:.2e}, predicted', f'{own:.4f}')])
+    (lr, losses, _), = sweep('full', fixed, [1.], RATES, out)[1].values()
+    rate = float(f'{told["lr"]:.2e}')
+    (_, (own,), _), = sweep(f'predicted-{rate}', fixed, [1.], [rate], out)[1].values()
+    table(f'held-out loss, all {whole:,} rows', ('rate', 'loss'), [*((f'{a:.2e}', f'{b:.4f}') for a, b in zip(lr, losses)), (f'{rate:.2e}, predicted', f'{own:.4f}')])
     last_line(dict(predicted=told['lr'], low=told['low'], high=told['high'], best_tried=lr[losses.argmin()], regret=own - min(own, losses.min()), rows=args.rows, layers=args.layers))
 
 
