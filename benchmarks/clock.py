@@ -20,11 +20,11 @@ SHARES, FACTOR = (1., .6, .3, .05), 3
 
 def make_runs(folder, n_train):
     "Train the two runs."
-    from underdog.demo import smollm2
-    from underdog.launch import train
-    from underdog.model import ModelConfig
-    from underdog.prompt import PromptConfig
-    from underdog.train import TrainConfig
+    from underdog.console.demo import smollm2
+    from underdog.training.worker import train
+    from underdog.model.model import ModelConfig
+    from underdog.text.prompt import PromptConfig
+    from underdog.training.loop import TrainConfig
     base = str(smollm2())
     return [train(folder/f'layers{n}', folder/'data'/'train.csv', ModelConfig(base, layers=n, rank=16, alpha=32, quantization='none'), PromptConfig(base, max_length=128),
                   TrainConfig(lr=1e-3, head_lr=5e-4, start='none', n_folds=4, evaluations=1)) for n in (4, 2)]
@@ -55,8 +55,8 @@ def slower(after):
 def timed(folder, runs, name, limit):
     "(seconds, summary) of an inference with `limit` seconds."
     from underdog.core import read_json
-    from underdog.infer import InferConfig
-    from underdog.submit import submit
+    from underdog.inference.job import InferConfig
+    from underdog.inference.scored import submit
     began = time.monotonic()
     submit([str(r.path) for r in runs], folder/'data'/'test.csv', folder/name, InferConfig(batch_tokens=512, processes=1), folder/'data'/'sample_submission.csv', time_limit=limit/3600, began=began)
     seconds, file = time.monotonic() - began, folder/name/'summary.json'
@@ -66,7 +66,7 @@ def timed(folder, runs, name, limit):
 class Oracle:
     "What the same passes reach when every second until the deadline is used."
     def __init__(self, folder, runs, full_s, full):
-        from underdog.submit import Answers, start_jobs
+        from underdog.inference.scored import Answers, start_jobs
         from underdog.core import read_json
         self.jobs, self.evidence = start_jobs(read_json(folder/'full'/'submit.json'))
         Answers(folder/'full'/'answers.npz', self.jobs).load()
@@ -80,8 +80,8 @@ class Oracle:
 
     def probabilities(self, limit, slowed):
         "(n, C) after `limit` seconds."
-        from underdog.schedule import RANKINGS, doubt
-        from underdog.submit import current
+        from underdog.inference.schedule import RANKINGS, doubt
+        from underdog.inference.scored import current
         for j in self.jobs: j.logits[:] = np.nan
         left = max(0., limit - self.before) if not slowed else max(0., limit/2 - self.before) + min(limit/2, max(0., limit - self.before))/FACTOR
         for (job, order, ranking), speed, load in zip(self.passes, self.speed, self.load):
@@ -115,10 +115,10 @@ def main():
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args()
     one_thread()
-    from underdog.blend import check_submission
-    from underdog.competition import LMSYS
+    from underdog.inference.blend import check_submission
+    from underdog.data.competition import LMSYS
     from underdog.core import read_json
-    from underdog.sample import write_sample
+    from underdog.data.sample import write_sample
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(tmp)
         write_sample(folder/'data', n_train=args.train_rows, n_test=args.rows, seed=args.seed)

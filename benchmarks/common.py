@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from underdog.plan import CHARS_PER_TOKEN, lmsys_lengths
+from underdog.search.estimate import CHARS_PER_TOKEN, lmsys_lengths
 
 EPOCH = 57_477   # rows of the LMSYS train.csv
 CUT = 2048       # tokens of prompt and both answers
@@ -41,7 +41,7 @@ def row_lengths(n=EPOCH, seed=0, scale=SCALE):
     "((n, 3) tokens of prompt, A and B, cut at `CUT` and divided by `scale`; where they come from)."
     rng, file = np.random.default_rng(seed), shared_file()
     if file:
-        from underdog.data import read_rows
+        from underdog.data.rows import read_rows
         rows, _ = read_rows(file)
         real = np.array([[sum(map(len, r[c])) for c in ('prompt', 'response_a', 'response_b')] for _, r in rows.iterrows()])/CHARS_PER_TOKEN
         lengths, source = real[rng.integers(0, len(real), n)], f'{len(real):,} real rows, drawn {n:,} times'
@@ -126,7 +126,7 @@ def make_world(folder, n_train, n_test, seed=0, layers=2, width=64):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
-    from underdog.sample import write_sample
+    from underdog.data.sample import write_sample
     paths, tok = write_sample(folder/'data', n_train=n_train, n_test=n_test, seed=seed), Tokenizer(models.BPE())
     tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tok.train_from_iterator(paths['train.csv'].read_text().splitlines()[:200], trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=['<s>', '</s>'], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from underdog.plan import CHARS_PER_TOKEN, LENGTHS, PROMPT_SHARE
+from underdog.search.estimate import CHARS_PER_TOKEN, LENGTHS, PROMPT_SHARE
 
 MULTI_TURN = .13          # share of rows with more than one turn
 WORDS = """the of and to in a is that for it as was with be by on not he this are or his from at which but have an had they you were their one all we can
@@ -76,8 +76,8 @@ def peak_gb():
 def run_underdog(file, tokenizer, head, max_length, cache):
     "Read and tokenize with underdog; a second pass finds the cache."
     from underdog.core import quiet
-    from underdog.data import read_rows
-    from underdog.prompt import PromptConfig, Prompter, tokenize_rows
+    from underdog.data.rows import read_rows
+    from underdog.text.prompt import PromptConfig, Prompter, tokenize_rows
     quiet()
     prompter = Prompter(PromptConfig(tokenizer, head=head, max_length=max_length))
     start = time.perf_counter()
@@ -135,8 +135,8 @@ def main():
         folder = Path(folder)
         file, tokenizer = Path(args.train or folder/'train.csv'), args.tokenizer or folder/'tokenizer'
         if not args.train:
-            from underdog.competition import LMSYS
-            from underdog.data import write_rows
+            from underdog.data.competition import LMSYS
+            from underdog.data.rows import write_rows
             print(f'writing {args.rows:,} generated rows …', flush=True)
             write_rows(file, make_rows(args.rows), LMSYS)
         if not args.tokenizer: make_tokenizer(tokenizer)

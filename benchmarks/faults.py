@@ -26,14 +26,14 @@ def job(kind, folder, out):
     quiet()
     data, base = Path(folder)/'data', str(Path(folder)/'base')
     if kind == 'train':
-        from underdog.launch import train
-        from underdog.model import ModelConfig
-        from underdog.prompt import PromptConfig
-        from underdog.train import TrainConfig
+        from underdog.training.worker import train
+        from underdog.model.model import ModelConfig
+        from underdog.text.prompt import PromptConfig
+        from underdog.training.loop import TrainConfig
         train(out, data/'train.csv', ModelConfig(base, rank=4), PromptConfig(base, max_length=96), TrainConfig(n_folds=3, epochs=6., batch_rows=8, batch_tokens=512, lr=1e-2, head_lr=1e-2, evaluations=4), save_minutes=.005)
     else:
-        from underdog.infer import InferConfig
-        from underdog.submit import submit
+        from underdog.inference.job import InferConfig
+        from underdog.inference.scored import submit
         submit(str(Path(folder)/'whole'), data/'test.csv', out, InferConfig(batch_tokens=300, processes=2), data/'sample_submission.csv', time_limit=1., publish_s=.2)
 
 
@@ -72,7 +72,7 @@ def torn(out):
     import numpy as np
     import pandas as pd
 
-    from underdog.checkpoint import Checkpoints
+    from underdog.training.checkpoint import Checkpoints
     bad = []
     for f in out.rglob('*'):
         if not f.is_file() or f.name.startswith('.') or '.tmp' in str(f): continue
@@ -85,7 +85,7 @@ def torn(out):
 
 def steps_redone(out):
     "Steps that were logged and are not in the newest checkpoint."
-    from underdog.checkpoint import Checkpoints
+    from underdog.training.checkpoint import Checkpoints
     from underdog.core import RunFolder
     if (out/'adapter').exists(): return 0   # done, but for the last words
     metrics, kept = RunFolder(out).metrics(), Checkpoints(out/'checkpoint').steps()
@@ -101,8 +101,8 @@ def result(kind, out):
 
 def valid(out, folder):
     "Is there a valid submission, or did the process not live to its first seconds?"
-    from underdog.blend import check_submission
-    from underdog.competition import LMSYS
+    from underdog.inference.blend import check_submission
+    from underdog.data.competition import LMSYS
     file = out/'submission.csv'
     try: return not file.exists() or check_submission(file, LMSYS, folder/'data'/'sample_submission.csv') > 0
     except Exception as e:

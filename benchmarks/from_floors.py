@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from underdog.blend import bootstrap_ci, log_loss, paired_ci
-from underdog.competition import get_competition
+from underdog.inference.blend import bootstrap_ci, log_loss, paired_ci
+from underdog.data.competition import get_competition
 from underdog.core import RunFolder
-from underdog.demo import smollm2
-from underdog.floors import FLOORS
+from underdog.console.demo import smollm2
+from underdog.data.floors import FLOORS
 
 TRAIN = 'import json, sys; from underdog.kernels import run_kernel; run_kernel("train", json.loads(sys.argv[1]), sys.argv[2])'
 

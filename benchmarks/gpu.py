@@ -46,9 +46,9 @@ def build(model_type, shape, kind, head, device, dtype):
     import torch
     from transformers import AutoConfig, AutoModel
 
-    from underdog.attention import Planner, attention_of
-    from underdog.head import make_head
-    from underdog.model import ModelConfig, PreferenceModel, _load_bitsandbytes, add_lora
+    from underdog.model.attention import Planner, attention_of
+    from underdog.model.head import make_head
+    from underdog.model.model import ModelConfig, PreferenceModel, _load_bitsandbytes, add_lora
     if kind != 'none': _load_bitsandbytes()
     config = AutoConfig.for_model(model_type, **shape)
     config.use_cache = False
@@ -98,7 +98,7 @@ def batches_of(lengths, how, head, model):
     "The batches of one pass over rows of these lengths: packed ('underdog'), or padded in eights in 'random' or 'grouped' order."
     import datasets
 
-    from underdog.source import RowSource
+    from underdog.text.source import RowSource
     rng = np.random.default_rng(0)
     tokens = datasets.Dataset.from_list([{c: rng.integers(10, 500, k).tolist() for c, k in zip(('prompt', 'a', 'b'), row)} for row in lengths])
     source = RowSource(tokens, make_prompter(head), model.packing if how == 'underdog' else '')
@@ -123,7 +123,7 @@ def seconds_of(model, batches, device, train):
 
 def kbit_recipe(model):
     "What `prepare_model_for_kbit_training` does to a step: the embeddings' output asks for a gradient, every layer is recomputed."
-    from underdog.memory import blocks, recompute
+    from underdog.model.memory import blocks, recompute
     for layer in blocks(model.backbone): recompute(layer)
     base = model.backbone.get_base_model()
     return base.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_(True))

@@ -23,7 +23,7 @@ def load(base, head):
     "The model of `head`, ready to predict; its LoRA moved away from its start."
     import torch
 
-    from underdog.model import ModelConfig, adapter_parameters, load_model
+    from underdog.model.model import ModelConfig, adapter_parameters, load_model
     model = load_model(ModelConfig(base, head=head, rank=RANK, alpha=RANK)).eval()
     generator = torch.Generator().manual_seed(0)
     for p in adapter_parameters(model): p.data.normal_(0, .02, generator=generator)
@@ -34,7 +34,7 @@ def peer(model, tokens):
     "(logits, padded tokens) of batches of 8 rows as they come, dynamically padded: transformers' own forward pass."
     import torch
 
-    from underdog.source import RowSource
+    from underdog.text.source import RowSource
     source, out, padded = RowSource(tokens, make_prompter('joint')), np.empty((len(tokens), 3), np.float32), 0
     with torch.no_grad():
         for part in np.arange(len(tokens)).reshape(-1, ROWS):
@@ -46,8 +46,8 @@ def peer(model, tokens):
 
 def ours(model, head, tokens, orders=(False,)):
     "(logits of the first order, tokens computed) of packed parts."
-    from underdog.source import RowSource
-    from underdog.predict import part_logits
+    from underdog.text.source import RowSource
+    from underdog.model.predict import part_logits
     source, out = RowSource(tokens, make_prompter(head), 'causal'), np.empty((len(orders), len(tokens), 3), np.float32)
     parts = source.bins(np.arange(len(tokens)), BUDGET, orders)
     for part in parts: out[:, part] = part_logits(model, source, part, orders).numpy()
@@ -65,8 +65,8 @@ def operations(run):
 def start(base, lengths, device):
     "A worker: model and rows loaded, then logits of a part."
     one_thread()
-    from underdog.source import RowSource
-    from underdog.predict import part_logits
+    from underdog.text.source import RowSource
+    from underdog.model.predict import part_logits
     model, source = load(base, 'joint'), RowSource(make_tokens(lengths), make_prompter('joint'), 'causal')
     part_logits(model, source, [0])   # first calls allocate
     return lambda part: part_logits(model, source, part).numpy()
@@ -74,7 +74,7 @@ def start(base, lengths, device):
 
 def wall_time(base, lengths, parts, workers):
     "(seconds, logits) of all parts with so many worker processes, from the moment all are ready."
-    from underdog.workers import Workers
+    from underdog.inference.workers import Workers
     out = np.empty((len(lengths), 3), np.float32)
     def done(i, result): out[parts[i]] = result[0]
     with Workers(partial(start, base, lengths), ['cpu']*workers) as pool:
@@ -86,7 +86,7 @@ def wall_time(base, lengths, parts, workers):
 
 def two_workers(base, lengths, rounds=3):
     "Speed-up of two worker processes over one on rows of these lengths, by the clock, a few times; the results must be equal."
-    from underdog.source import RowSource
+    from underdog.text.source import RowSource
     parts = RowSource(make_tokens(lengths), make_prompter('joint'), 'causal').bins(np.arange(len(lengths)), BUDGET//2)
     speedups = []
     for _ in range(rounds):

@@ -17,9 +17,9 @@ RATES = [3e-4, 1e-3, 3e-3, 1e-2]
 
 def sweep(name, fixed, shares, rates, out):
     "The valleys of runs with `rates` at `shares` of the rows: batch, {n: (lr, losses, standard errors)}."
-    from underdog.learning_rate import valleys
-    from underdog.scale import find_runs
-    from underdog.sweep import Sweep, run_sweep
+    from underdog.search.learning_rate import valleys
+    from underdog.search.scaling import find_runs
+    from underdog.search.sweep import Sweep, run_sweep
     run_sweep(Sweep(dict(share=shares, lr=rates), search='grid', trials=len(shares)*len(rates), fixed=fixed), out/name)
     found, = valleys(find_runs([out/name])).values()
     return found
@@ -31,9 +31,9 @@ def main():
     parser.add_argument('--layers', type=int, default=2, help='of the model')
     parser.add_argument('--out', type=Path, default=Path('runs/learning_rate'), help='folder of the sweeps')
     args = parser.parse_args()
-    from underdog.demo import smollm2
-    from underdog.learning_rate import best_rates
-    from underdog.sample import write_sample
+    from underdog.console.demo import smollm2
+    from underdog.search.learning_rate import best_rates
+    from underdog.data.sample import write_sample
     out, whole = args.out/f'{args.rows}-{args.layers}', args.rows*4//5
     file = out/'rows'/'train.csv'
     if not file.is_file(): write_sample(file.parent, args.rows, 10)

@@ -33,11 +33,11 @@ def make_model(name, folder):
 
 def measure(name, train_csv, folder, steps):
     "(calibration, seconds, GB) of one shape."
-    from underdog.calibrate import calibrate
-    from underdog.launch import train
-    from underdog.model import ModelConfig
-    from underdog.prompt import PromptConfig
-    from underdog.train import TrainConfig
+    from underdog.search.calibrate import calibrate
+    from underdog.training.worker import train
+    from underdog.model.model import ModelConfig
+    from underdog.text.prompt import PromptConfig
+    from underdog.training.loop import TrainConfig
     base = str(make_model(name, folder/name))
     settings = (ModelConfig(base, rank=8, alpha=8.), PromptConfig(base, max_length=256), TrainConfig(n_folds=5, batch_rows=16, batch_tokens=2048, probe_rows=0))
     calibrated = calibrate(train_csv, *settings, steps=steps)
@@ -52,8 +52,8 @@ def main():
     parser.add_argument('--shapes', default=','.join(SHAPES), help='which models')
     args = parser.parse_args()
     from underdog.core import quiet
-    from underdog.plan import PUBLISHED, implied
-    from underdog.sample import write_sample
+    from underdog.search.estimate import PUBLISHED, implied
+    from underdog.data.sample import write_sample
     quiet()
     found, rows = {}, []
     with tempfile.TemporaryDirectory() as folder:

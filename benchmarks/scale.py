@@ -21,10 +21,10 @@ SHARES = (1/16, 1/8, 1/4, 1/2, 1.)
 def held_losses(df, comp, cfg):
     "(rows learned from, {floor: held-out losses}) with the settings `cfg`."
     import pandas as pd
-    from underdog.blend import row_log_loss
-    from underdog.data import labels_of, prompt_groups
-    from underdog.floors import Floors
-    from underdog.prepare import with_folds
+    from underdog.inference.blend import row_log_loss
+    from underdog.data.rows import labels_of, prompt_groups
+    from underdog.data.floors import Floors
+    from underdog.training.prepare import with_folds
     part = with_folds(df, cfg)
     held = (part['fold'] == cfg.fold).to_numpy()
     rows, y = part[held], labels_of(part[held], comp)
@@ -36,8 +36,8 @@ def on_rows(df, comp, seed):
     "[(floor, inside, predicted, truth)] of one split; a floor that is refused is left out."
     import numpy as np
     from underdog.core import UserError
-    from underdog.scale import Points, predict, standard_errors
-    from underdog.train import TrainConfig
+    from underdog.search.scaling import Points, predict, standard_errors
+    from underdog.training.loop import TrainConfig
     sizes, losses = zip(*(held_losses(df, comp, TrainConfig(share=s, seed=seed)) for s in SHARES))
     found = []
     for floor in losses[0]:
@@ -53,7 +53,7 @@ def on_known_laws(n):
     "Share of the intervals that hold the truth of `n` laws, whose points are drawn with known errors."
     import numpy as np
     from underdog.core import UserError
-    from underdog.scale import Points, law, predict
+    from underdog.search.scaling import Points, law, predict
     rng, sizes, inside = np.random.default_rng(0), np.array([1000., 2000, 4000, 8000]), []
     for i in range(n):
         truth, se = (rng.uniform(.8, .95), rng.uniform(1., 4.), rng.uniform(.25, .6)), np.full(4, rng.uniform(.001, .004))
@@ -69,9 +69,9 @@ def main():
     parser.add_argument('--data', default='', help='labelled csv')
     args = parser.parse_args()
     from tqdm import tqdm
-    from underdog.competition import get_competition
-    from underdog.data import read_rows
-    from underdog.sample import write_sample
+    from underdog.data.competition import get_competition
+    from underdog.data.rows import read_rows
+    from underdog.data.sample import write_sample
     with tempfile.TemporaryDirectory() as folder:
         file = args.data or shared_file('tulu1_1150.csv') or write_sample(Path(folder), 1200, 10)['train.csv']
         df, report = read_rows(file, None, labelled=True)

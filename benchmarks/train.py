@@ -56,7 +56,7 @@ def hf_model(base, kbit):
 class Rows:
     "The peer's dataset: prompt, A and B of a row in one sequence, in the order in which they come."
     def __init__(self, tokens):
-        from underdog.layout import sequences
+        from underdog.text.layout import sequences
         frame = make_prompter('joint').frame
         self.items = [dict(input_ids=sequences(frame, row, 'joint')[0].ids, labels=i % 3) for i, row in enumerate(tokens)]
 
@@ -92,7 +92,7 @@ def run_trainer(model, tokens, folder):
 
 
 def our_model(base, lora_layers=''):
-    from underdog.model import ModelConfig, load_model
+    from underdog.model.model import ModelConfig, load_model
     return load_model(ModelConfig(base, head='joint', rank=RANK, alpha=RANK, lora_layers=lora_layers))
 
 
@@ -100,8 +100,8 @@ def run_ours(model, tokens, packing='causal'):
     "(useful tokens, CPU seconds) of underdog's own loop on these rows, 8 a step in the order given; `packing` '': padded, as the control."
     from accelerate import Accelerator
 
-    from underdog.source import RowSource
-    from underdog.train import FitData, TrainConfig, Training, fit, row_order
+    from underdog.text.source import RowSource
+    from underdog.training.loop import FitData, TrainConfig, Training, fit, row_order
     cfg = TrainConfig(batch_rows=ROWS, batch_tokens=BUDGET if packing else 10**6, lr=1e-4, head_lr=1e-4, orders='given', evaluations=1, log_every=10**6)
     source = RowSource(tokens, make_prompter('joint'), packing)
     in_order = np.argsort(row_order(len(tokens), cfg.epochs, cfg.seed))   # `fit` shuffles; so every step gets the batch that the peer's sampler drew
@@ -127,8 +127,8 @@ def equality(base, tokens):
     "(largest difference of logits, least cosine of a gradient) between ours, packed, and the peer's, padded."
     import torch.nn.functional as F
 
-    from underdog.model import adapter_parameters
-    from underdog.source import RowSource
+    from underdog.model.model import adapter_parameters
+    from underdog.text.source import RowSource
     ours, theirs = our_model(base), hf_model(base, kbit=False)
     copy_lora(ours, theirs)
     batch = RowSource(tokens, make_prompter('joint'), 'causal').batch([(i, False) for i in range(len(tokens))])
@@ -186,7 +186,7 @@ def main():
     print(f'lengths of {origin}; mean {useful/len(lengths):.0f} tokens a row')
 
     # ---- counters without noise
-    from underdog.source import RowSource
+    from underdog.text.source import RowSource
     batches = {name: epoch_batches(trainer_order(lengths, name, folder)) for name in ('random', 'group_by_length')}
     sizes = {name: padded_sizes(lengths, b) for name, b in batches.items()}
     efficiency = {name: float((lengths.sum(1) + FORMAT)[batches[name]].sum()/sizes[name].sum()) for name in batches}

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from underdog.batch import collate, padding_report, plan_batches, restore
+from underdog.text.batch import collate, padding_report, plan_batches, restore
 from underdog.core import UserError
-from underdog.layout import sequences
+from underdog.text.layout import sequences
 
 lengths_of_rows = st.lists(st.integers(1, 300), max_size=60)
 ids = st.lists(st.integers(10, 99), max_size=12)

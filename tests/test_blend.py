@@ -4,10 +4,10 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from underdog.blend import (Blend, apply_temperature, bootstrap_ci, check_submission, cross_fit, fit_temperature, log_loss, paired_ci, write_submission)
-from underdog.competition import LMSYS, WSDM
+from underdog.inference.blend import (Blend, apply_temperature, bootstrap_ci, check_submission, cross_fit, fit_temperature, log_loss, paired_ci, write_submission)
+from underdog.data.competition import LMSYS, WSDM
 from underdog.core import UserError
-from underdog.data import swap_probs
+from underdog.data.rows import swap_probs
 
 
 def drawn(n=400, seed=0, c=3):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from underdog.competition import COMPETITIONS, LLM_FINETUNING, LMSYS, WSDM, detect_competition, get_competition
+from underdog.data.competition import COMPETITIONS, LLM_FINETUNING, LMSYS, WSDM, detect_competition, get_competition
 from underdog.core import (RunFolder, UserError, atomic_path, atomic_write, build_id, coerce, file_hash, fingerprint, on_kaggle, pick_dtype, read_json,
                            resolve_input, seed_everything, versions, write_json)
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from test_pipeline import finished, small_run, world   # noqa: F401 (fixtures)
 
-from underdog import doctor
+from underdog.console import doctor
 from underdog.core import RunFolder, UserError, write_json
-from underdog.doctor import Check, gate, gpus, imports_offline, kernel_checks, packages, room, run_checks
-from underdog.infer import InferConfig
+from underdog.console.doctor import Check, gate, gpus, imports_offline, kernel_checks, packages, room, run_checks
+from underdog.inference.job import InferConfig
 from underdog.kernels import run_kernel
 
 
@@ -110,5 +110,5 @@ def test_a_kernel_with_an_ill_run_stops_in_its_gate(world, patient, tmp_path):  
 
 
 def test_the_command_line():
-    done = subprocess.run([sys.executable, '-c', 'from underdog.cli import main; main()', 'doctor', 'train', '-p', 'train_csv=nothing.csv'], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-c', 'from underdog.console.main import main; main()', 'doctor', 'train', '-p', 'train_csv=nothing.csv'], capture_output=True, text=True)
     assert 'imports without internet' in done.stdout and done.returncode == 1 and done.stderr.count('\n') == 1 and 'nothing.csv: no such file' in done.stderr

@@ -6,11 +6,11 @@ import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from underdog.competition import LMSYS, WSDM
+from underdog.data.competition import LMSYS, WSDM
 from underdog.core import UserError
-from underdog.data import labels_of, make_folds, read_rows, swap_probs, swap_rows
-from underdog.floors import FLOORS, Floors, best_floor, cross_predict, features
-from underdog.sample import write_sample
+from underdog.data.rows import labels_of, make_folds, read_rows, swap_probs, swap_rows
+from underdog.data.floors import FLOORS, Floors, best_floor, cross_predict, features
+from underdog.data.sample import write_sample
 
 WORDS = 'the of garden river music answer small green and please maybe paper number seven window'.split()
 TEXT = st.text(st.characters(exclude_categories=['Cs']), max_size=60) | st.sampled_from(

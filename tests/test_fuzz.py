@@ -9,17 +9,17 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_pipeline import finished, world   # noqa: F401 (fixtures)
 
-from underdog.adapter import load_adapter
-from underdog.blend import Blend, gather_oof
-from underdog.checkpoint import Checkpoints
+from underdog.model.merge import load_adapter
+from underdog.inference.blend import Blend, gather_oof
+from underdog.training.checkpoint import Checkpoints
 from underdog.core import RunFolder, UserError, coerce, read_json
-from underdog.doctor import run_checks
-from underdog.floors import Floors
-from underdog.infer import InferConfig, check_run
-from underdog.prepare import differences, find_earlier
-from underdog.prompt import PromptConfig
+from underdog.console.doctor import run_checks
+from underdog.data.floors import Floors
+from underdog.inference.job import InferConfig, check_run
+from underdog.training.prepare import differences, find_earlier
+from underdog.text.prompt import PromptConfig
 from underdog.session import Session
-from underdog.train import TrainConfig
+from underdog.training.loop import TrainConfig
 
 
 @pytest.fixture(scope='module')

@@ -14,11 +14,11 @@ import pytest
 from kaggle_server import QUOTA, SESSIONS, KaggleServer
 
 from underdog.core import UserError
-from underdog.hub import Hub, Refused
-from underdog.push import Push, Sources, inputs_of, push, pushed_notebook
-from underdog.relay import hours_for, relay
-from underdog.ship import find_key, remote_manifest, ship, ship_model
-from underdog.watch import ledger, look, note, pull, quota, wait
+from underdog.kaggle.account import Hub, Refused
+from underdog.kaggle.push import Push, Sources, inputs_of, push, pushed_notebook
+from underdog.kaggle.relay import hours_for, relay
+from underdog.kaggle.ship import find_key, remote_manifest, ship, ship_model
+from underdog.kaggle.watch import ledger, look, note, pull, quota, wait
 
 FAST = dict(poll_s=.05, first=.01)
 
@@ -110,7 +110,7 @@ def test_title_and_slug_agree_and_another_name_is_noticed(server, hub, tmp_path)
         with pytest.raises(UserError, match='slug of 5 to 50'): push(hub, notebook(tmp_path/'k.ipynb'), {}, bad)
     assert not server.kernels
     from types import SimpleNamespace
-    from underdog.push import _checked
+    from underdog.kaggle.push import _checked
     push(hub, notebook(tmp_path/'k.ipynb'), {}, 'small-kernel', Push(shape='', gpus=0))
     answer = SimpleNamespace(error='', version_number=1, ref='/code/me/other', url='', invalid_dataset_sources=[], invalid_competition_sources=[], invalid_kernel_sources=[], invalid_model_sources=[])
     with pytest.raises(UserError, match='Kaggle made /code/me/other of it'): _checked(hub, 'me/small-kernel', answer, Push(), dict(push='x'))
@@ -191,7 +191,7 @@ def test_a_dataset_that_cannot_be_processed(server, hub, tmp_path):
 @pytest.mark.parametrize('layout', ['new', 'old'])
 @pytest.mark.parametrize('extract', [True, False])
 def test_both_mount_layouts_and_archives_that_are_left_packed(server, hub, tmp_path, layout, extract, request):
-    from underdog.ship import library_bundle
+    from underdog.kaggle.ship import library_bundle
     server.layout, server.extract = layout, extract
     library_bundle(tmp_path/'lib')
     lib = ship(hub, tmp_path/"lib", "underdog-lib")
@@ -220,7 +220,7 @@ def test_a_stale_mount_is_waited_for_and_stops_the_kernel_when_it_stays(server, 
 # ---- watching
 def test_a_log_is_followed_live_and_a_failure_is_named(server, hub, tmp_path):
     done = push(hub, notebook(tmp_path/'k.ipynb', 'import time\nfor i in range(4): print("line", i, flush=True); time.sleep(.3)', 'raise ValueError("n is odd")'), {}, 'small-kernel', Push(shape='', gpus=0))
-    from underdog.watch import follow
+    from underdog.kaggle.watch import follow
     while server.kernels[done.ref]['versions'][0]['job'].status == 'QUEUED': time.sleep(.02)
     began, seen = time.monotonic(), []
     for event in follow(hub, done.ref): seen.append((time.monotonic() - began, event['data']))
@@ -277,7 +277,7 @@ PARAMETERS = "out = 'run'\nresume_from = ''\ntime_limit = -1.0\nnap = 0.0\nbad =
 
 def test_a_relay_whose_laptop_dies_goes_on_from_another(server, hub, tmp_path, monkeypatch):
     k = notebook(tmp_path/'count.ipynb', COUNTER, parameters=PARAMETERS)
-    code = 'import sys\nfrom underdog.hub import Hub\nfrom underdog.relay import relay\nfrom underdog.push import Push\nrelay(Hub(poll_s=.05, first=.01), "counting", sys.argv[1], dict(nap="1.5"), Push(shape="", gpus=0))'
+    code = 'import sys\nfrom underdog.kaggle.account import Hub\nfrom underdog.kaggle.relay import relay\nfrom underdog.kaggle.push import Push\nrelay(Hub(poll_s=.05, first=.01), "counting", sys.argv[1], dict(nap="1.5"), Push(shape="", gpus=0))'
     first = subprocess.Popen([sys.executable, '-c', code, str(k)], env=server.environment() | dict(UNDERDOG_HOME=str(tmp_path/'laptop')), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     began = time.monotonic()
     while 'me/counting-2' not in server.kernels and time.monotonic() - began < 60: time.sleep(.05)
@@ -346,14 +346,14 @@ def test_credentials_are_in_no_message(server, monkeypatch, tmp_path):
     server.fail('GetKernelSessionStatus', 500, 500, 500)
     with pytest.raises(Refused) as e: look(hub, 'me/x')
     assert 'secret' not in str(e.value) and 'secret' not in repr(e.value)
-    done = subprocess.run([sys.executable, '-c', 'from underdog.cli import main; main()', 'status', 'nothing'], env=server.environment() | dict(KAGGLE_KEY='very-secret-key-0001'), capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-c', 'from underdog.console.main import main; main()', 'status', 'nothing'], env=server.environment() | dict(KAGGLE_KEY='very-secret-key-0001'), capture_output=True, text=True)
     assert done.returncode == 1 and 'secret' not in done.stdout + done.stderr and 'Traceback' not in done.stderr
 
 
 def test_public_must_be_asked_for_twice(server, tmp_path):
     from typer.testing import CliRunner
 
-    from underdog.cli import app
+    from underdog.console.main import app
     data(tmp_path/'d')
     args = ['bundle', '--folder', str(tmp_path/'d'), '--slug', 'some-data', '--poll', '.05']
     assert 'give --public twice' in str(CliRunner().invoke(app, [*args, '--public']).exception) and not server.datasets
@@ -362,7 +362,7 @@ def test_public_must_be_asked_for_twice(server, tmp_path):
 
 def test_without_credentials_one_line(tmp_path):
     env = {k: v for k, v in os.environ.items() if not k.startswith('KAGGLE')} | dict(HOME=str(tmp_path), KAGGLE_API_ENVIRONMENT='LOCALHOST')
-    done = subprocess.run([sys.executable, '-c', 'from underdog.cli import main; main()', 'quota'], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-c', 'from underdog.console.main import main; main()', 'quota'], env=env, capture_output=True, text=True)
     assert done.returncode == 1 and 'no Kaggle credentials' in done.stderr and 'Traceback' not in done.stderr
 
 
@@ -403,7 +403,7 @@ def test_a_test_kernel_cannot_import_the_checkout(tmp_path):
 def test_the_commands_push_wait_show_and_pull(server, tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
-    from underdog.cli import app
+    from underdog.console.main import app
     monkeypatch.chdir(tmp_path)
     run = lambda *args: CliRunner().invoke(app, list(args))
     assert run('bundle', '--no-wheels', '--poll', '.05').exit_code == 0

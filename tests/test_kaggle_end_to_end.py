@@ -11,14 +11,14 @@ from conftest import slow
 from kaggle_server import KaggleServer, log_loss_of
 from test_pipeline import P, world   # noqa: F401  (fixture)
 
-from underdog.competition import LMSYS
+from underdog.data.competition import LMSYS
 from underdog.core import RunFolder, build_id, read_json
-from underdog.infer import InferConfig
-from underdog.launch import train
-from underdog.model import ModelConfig
-from underdog.prompt import PromptConfig
-from underdog.submit import submit
-from underdog.train import TrainConfig
+from underdog.inference.job import InferConfig
+from underdog.training.worker import train
+from underdog.model.model import ModelConfig
+from underdog.text.prompt import PromptConfig
+from underdog.inference.scored import submit
+from underdog.training.loop import TrainConfig
 
 MODEL = 'models/me/tiny/transformers/llama/1'
 TRAIN = dict(train_csv='me/tiny-data/train.csv', model=MODEL, quantization='none', rank=4, max_length=128, n_folds=3, lr=1e-2, head_lr=1e-2, batch_rows=8, epochs=2.0, evaluations=1, probe_rows=0, processes=1)
@@ -60,7 +60,7 @@ def kaggle(world, tmp_path_factory):   # noqa: F811
 def underdog(server, root, *args, code=0):
     "The console command in an empty folder; its output."
     env = server.environment() | dict(UNDERDOG_HOME=str(root/'home'), UNDERDOG_CACHE=str(root/'cache'), PIP_NO_INDEX='1', PIP_FIND_LINKS=str(root/'index'), COLUMNS='160')
-    done = subprocess.run([sys.executable, '-c', 'from underdog.cli import main; main()', *map(str, args)], cwd=root/'empty', env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-c', 'from underdog.console.main import main; main()', *map(str, args)], cwd=root/'empty', env=env, capture_output=True, text=True)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 

@@ -9,8 +9,8 @@ from test_packing import both_ways
 from torch.utils.flop_counter import FlopCounterMode
 
 from underdog.core import UserError
-from underdog.memory import blocks, check_checkpointing, host_embedding, layers_to_recompute, plan_memory, saved_bytes
-from underdog.model import ModelConfig, adapter_parameters, compute_dtype, head_parameters, linear_layers, load_model
+from underdog.model.memory import blocks, check_checkpointing, host_embedding, layers_to_recompute, plan_memory, saved_bytes
+from underdog.model.model import ModelConfig, adapter_parameters, compute_dtype, head_parameters, linear_layers, load_model
 
 
 def gradients(model, batch): return [p.grad for p in adapter_parameters(backward(model, batch)) + head_parameters(model)]
@@ -109,7 +109,7 @@ def test_an_embedding_on_the_host_gives_equal_states(bases):   # noqa: F811
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
 def test_gpu_embedding_waits_on_the_host(bases, monkeypatch):   # noqa: F811
-    monkeypatch.setattr('underdog.memory.HOST_SHARE', 0)
+    monkeypatch.setattr('underdog.model.memory.HOST_SHARE', 0)
     model = load_model(ModelConfig(str(bases['gemma2']), rank=4), 'cuda:0')
     assert not model.backbone.get_input_embeddings().weight.is_cuda
     assert model(make_batch().to('cuda:0')).isfinite().all()

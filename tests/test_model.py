@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from underdog.adapter import load_adapter, load_merged, merge, save_adapter
-from underdog.batch import Batch
+from underdog.model.merge import load_adapter, load_merged, merge, save_adapter
+from underdog.text.batch import Batch
 from underdog.core import UserError, quiet
-from underdog.memory import blocks, recompute
-from underdog.model import ModelConfig, adapter_parameters, base_hash, head_parameters, layer_range, linear_layers, load_backbone, load_model, lora_targets
+from underdog.model.memory import blocks, recompute
+from underdog.model.model import ModelConfig, adapter_parameters, base_hash, head_parameters, layer_range, linear_layers, load_backbone, load_model, lora_targets
 
 FAMILIES = ('llama', 'mistral', 'gemma2', 'qwen2', 'deberta', 'bert')
 DECODERS = FAMILIES[:4]
@@ -267,8 +267,8 @@ def test_stored_head_gives_the_classifiers_logits(tmp_path, family, head):
 
 FRESH = """
 import sys, torch
-from underdog.adapter import load_adapter
-from underdog.batch import Batch
+from underdog.model.merge import load_adapter
+from underdog.text.batch import Batch
 from safetensors.torch import load_file, save_file
 batch = Batch(**load_file('batch.safetensors'))
 with torch.no_grad(): save_file({q: load_adapter(q)(batch) for q in sys.argv[1:]}, 'logits.safetensors')

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from test_model import DECODERS, FAMILIES, bases, family_config, trained   # noqa: F401 (bases is a fixture)
 
 from underdog.core import UserError, quiet
-from underdog.head import exchange
-from underdog.layout import row_layout, sequences
-from underdog.model import ModelConfig, adapter_parameters, load_model
-from underdog.pack import pack, pack_bins, pack_windows, read_plan
-from underdog.source import RowSource, present, rank_share
-from underdog.predict import predict_both
-from underdog.train import fitting
+from underdog.model.head import exchange
+from underdog.text.layout import row_layout, sequences
+from underdog.model.model import ModelConfig, adapter_parameters, load_model
+from underdog.text.pack import pack, pack_bins, pack_windows, read_plan
+from underdog.text.source import RowSource, present, rank_share
+from underdog.model.predict import predict_both
+from underdog.training.loop import fitting
 
 PAIR, JOINT = dict(start=[1], middle=[2], end=[3]), dict(start=[1], label_a=[4], label_b=[5, 6], end=[3])
 FRAMES = dict(pair=PAIR, joint=JOINT, symmetric=PAIR | dict(ask=[8, 9]), combined=PAIR | dict(ask=[8, 9]))
@@ -162,7 +162,7 @@ def test_symmetric_with_windows_and_scaled_positions(odd_bases, name):
 
 def test_a_read_out_sees_the_second_answer_as_if_it_followed_the_first(bases):   # noqa: F811
     "With one layer, keys do not depend on what their token saw: the first read-out's state is that of the plain text prompt, A, B, ask."
-    from underdog.model import load_backbone
+    from underdog.model.model import load_backbone
     cfg, row = ModelConfig(str(bases['llama']), head='symmetric', layers=1, rank=4), rows_of()[4]
     model, frame = load_model(cfg), FRAMES['symmetric']
     text = [1, *row['prompt'], 2, *row['a'], 3, *row['b'], 3, 8, 9]
@@ -275,7 +275,7 @@ def test_both_orders_at_once_are_the_two_orders(bases):   # noqa: F811
 def test_memory_that_runs_out_is_a_smaller_batch_not_another_result(bases, monkeypatch, capsys):   # noqa: F811
     from accelerate import Accelerator
 
-    from underdog.train import FitData, TrainConfig, Training, fit
+    from underdog.training.loop import FitData, TrainConfig, Training, fit
     y = np.eye(3)[[0, 1, 2, 0, 1, 2]]
     def run(limit):
         torch.manual_seed(0)

@@ -14,18 +14,18 @@ from conftest import slow
 from test_model import family_config
 from test_prompt import CHATML, make_tokenizer
 
-from underdog.blend import check_submission
-from underdog.competition import LMSYS
+from underdog.inference.blend import check_submission
+from underdog.data.competition import LMSYS
 from underdog.core import RunFolder, UserError, read_json, write_json
-from underdog.data import read_rows, swap_probs, swap_rows, write_rows
-from underdog.infer import infer
+from underdog.data.rows import read_rows, swap_probs, swap_rows, write_rows
+from underdog.inference.job import infer
 from underdog.kernels import find_kernel, kernel_parameters, run_kernel
-from underdog.launch import same_everywhere, train
-from underdog.model import ModelConfig
-from underdog.prepare import columns
-from underdog.prompt import PromptConfig, Prompter
-from underdog.sample import write_sample
-from underdog.train import TrainConfig
+from underdog.training.worker import same_everywhere, train
+from underdog.model.model import ModelConfig
+from underdog.training.prepare import columns
+from underdog.text.prompt import PromptConfig, Prompter
+from underdog.data.sample import write_sample
+from underdog.training.loop import TrainConfig
 
 P = ['p_a', 'p_b', 'p_tie']
 
@@ -132,7 +132,7 @@ def test_training_from_the_floors_begins_at_the_floor_and_infers_with_it(world, 
     "The first loss is that of the best floor on the first rows; held-out rows predicted as a test file give the held-out probabilities."
     run = small_run(world, tmp_path/'run', quantization='nf4', start='floors', probe_rows=0)   # a probe would begin elsewhere
     rows, best = pd.read_parquet(run.path/'rows.parquet'), run.config['best_floor']
-    from underdog.train import row_order, split_steps
+    from underdog.training.loop import row_order, split_steps
     first = np.flatnonzero(~rows['held'])[split_steps(row_order((~rows['held']).sum(), 1, 0), 8)[0]]
     y, p = (rows.iloc[first][columns(x, LMSYS)].to_numpy() for x in ('y', f'floor_{best}'))
     assert run.metrics()['loss'].iloc[0] == pytest.approx(-(y*np.log(p)).sum(1).mean(), abs=2e-2)
@@ -188,7 +188,7 @@ def test_unknown_and_wrongly_typed_parameters_are_refused(tmp_path):
 
 def test_the_command_line_says_one_line_and_exits_1(world, tmp_path):
     (tmp_path/'bad.csv').write_text('id,prompt,response_a,response_b\n1,"[""x""","[""y""]","[""z""]"\n')
-    command = [sys.executable, '-c', 'from underdog.cli import main; main()']
+    command = [sys.executable, '-c', 'from underdog.console.main import main; main()']
     for args in (['check', str(tmp_path/'bad.csv')], ['run', 'train', '-p', 'learning_rate=1', '--out', str(tmp_path/'o')], ['run', 'nothing'], ['show', str(world/'train.csv'), '--model', str(tmp_path)],
                  ['submission', str(world/'train.csv'), '--sample', str(world/'sample_submission.csv')]):
         done = subprocess.run([*command, *args], capture_output=True, text=True)

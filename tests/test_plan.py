@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from underdog.core import UserError
-from underdog.plan import BATCHES, GIB, PUBLISHED, Recipe, accelerator, best_fit, implied, kept_bytes, lmsys_lengths, make_plan, model_shape, needed, train_hours, work_of
+from underdog.search.estimate import BATCHES, GIB, PUBLISHED, Recipe, accelerator, best_fit, implied, kept_bytes, lmsys_lengths, make_plan, model_shape, needed, train_hours, work_of
 
 ROWS = lmsys_lengths(2000)
 MODELS = ['deberta-v3-base', 'deberta-v3-large', 'mistral-7b', 'llama-3-8b', 'gemma-2-2b', 'gemma-2-9b', 'qwen2.5-7b']
@@ -62,10 +62,10 @@ def test_bytes_kept_are_those_that_are_counted(tmp_path, change, dtype, size):
     import torch
     from transformers import LlamaConfig, LlamaModel
 
-    from underdog.layout import row_layout
-    from underdog.memory import saved_bytes
-    from underdog.model import ModelConfig, load_model
-    from underdog.pack import pack
+    from underdog.text.layout import row_layout
+    from underdog.model.memory import saved_bytes
+    from underdog.model.model import ModelConfig, load_model
+    from underdog.text.pack import pack
     torch.manual_seed(0)
     LlamaModel(LlamaConfig(**dict(vocab_size=256, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=64) | change)).save_pretrained(tmp_path)
     seg = {k: torch.randint(4, 256, (n,)).tolist() for k, n in dict(prompt=120, a=300, b=300).items()}
@@ -99,7 +99,7 @@ def test_a_config_and_a_table_of_ones_own(tmp_path):
 
 
 def test_the_command_prints_a_table_and_json(tmp_path):
-    run = lambda *a: subprocess.run([sys.executable, '-c', 'from underdog.cli import main; main()', 'plan', *a], capture_output=True, text=True)
+    run = lambda *a: subprocess.run([sys.executable, '-c', 'from underdog.console.main import main; main()', 'plan', *a], capture_output=True, text=True)
     done = run('gemma-2-9b', '--json')
     lines = {x['what']: x for x in json.loads(done.stdout)['lines']}
     assert lines['floor']['value'] < lines['training']['value'] and all(x['formula'] for x in lines.values()) and lines['memory']['value'] <= 14.7

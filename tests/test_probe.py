@@ -3,10 +3,10 @@ import numpy as np
 import pytest
 import torch
 
-from underdog.blend import log_loss
-from underdog.data import swap_probs
-from underdog.probe import fit_probe
-from underdog.sample import davidson
+from underdog.inference.blend import log_loss
+from underdog.data.rows import swap_probs
+from underdog.training.probe import fit_probe
+from underdog.data.sample import davidson
 
 TIE = torch.tensor(0., dtype=torch.float64)
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from underdog.core import UserError
-from underdog.layout import sequences
-from underdog.prompt import (PromptConfig, Prompter, cut_middle, cut_report, encode_texts, fit_turns, load_tokenizer, newline_sign, pieces, share_room, show,
+from underdog.text.layout import sequences
+from underdog.text.prompt import (PromptConfig, Prompter, cut_middle, cut_report, encode_texts, fit_turns, load_tokenizer, newline_sign, pieces, share_room, show,
                              sign_newlines, tokenize_rows)
 
 # The format facts of each family, in the smallest template that has them
@@ -309,7 +309,7 @@ def test_pieces_are_what_the_sequences_are_made_of(prompters):
 
 @pytest.mark.parametrize('head', ['pair', 'joint'])
 def test_real_rows_and_the_real_deberta_tokenizer(shared_data, tmp_path, head):
-    from underdog.data import read_rows
+    from underdog.data.rows import read_rows
     prompter = Prompter(PromptConfig(str(shared_data/'deberta-v3-tokenizer'), head=head, max_length=512))
     df = read_rows(shared_data/'lmsys_train_1000.csv')[0].iloc[:150]
     tokens = tokenize_rows(df, prompter, tmp_path)

@@ -2,7 +2,7 @@
 import numpy as np
 import pandas as pd
 
-from underdog.report import calibration_error, figure_png, plot_calibration, plot_confusion, plot_lengths, plot_loss, plot_probabilities, plot_scores, write_report
+from underdog.console.report import calibration_error, figure_png, plot_calibration, plot_confusion, plot_lengths, plot_loss, plot_probabilities, plot_scores, write_report
 
 
 def test_calibration_error_is_small_for_the_law_and_large_for_the_overconfident():

@@ -13,17 +13,17 @@ import torch
 from conftest import slow
 from test_pipeline import small_run, world   # noqa: F401  (fixture)
 
-from underdog.checkpoint import Checkpoints
-from underdog.competition import LMSYS
+from underdog.training.checkpoint import Checkpoints
+from underdog.data.competition import LMSYS
 from underdog.core import RunFolder, UserError, cache_folder, read_json, sweep
-from underdog.data import labels_of, read_rows
-from underdog.health import Unhealthy
-from underdog.model import ModelConfig, load_model
-from underdog.prepare import differences
-from underdog.prompt import PromptConfig, Prompter, tokenize_rows
+from underdog.data.rows import labels_of, read_rows
+from underdog.training.health import Unhealthy
+from underdog.model.model import ModelConfig, load_model
+from underdog.training.prepare import differences
+from underdog.text.prompt import PromptConfig, Prompter, tokenize_rows
 from underdog.session import Clock, Session, locked
-from underdog.source import RowSource
-from underdog.train import FitData, TrainConfig, Training, fit, rehearse
+from underdog.text.source import RowSource
+from underdog.training.loop import FitData, TrainConfig, Training, fit, rehearse
 
 
 class StopAt(Session):
@@ -315,7 +315,7 @@ def test_a_run_that_cannot_come_to_anything_ends_early_and_goes_on_with_a_lower_
 
 def test_a_step_that_is_not_finite_is_left_out(world, monkeypatch):   # noqa: F811
     "One poisoned step changes no weight; three in a row end the run."
-    from underdog.health import Health
+    from underdog.training.health import Health
     training = beginner(world, epochs=3.)()
     training.step()
     before, y = {n: p.clone() for n, p in training.trained().items()}, training.y.clone()
@@ -330,7 +330,7 @@ def test_a_step_that_is_not_finite_is_left_out(world, monkeypatch):   # noqa: F8
 def test_the_head_alone_can_be_trained(world, tmp_path):   # noqa: F811
     "Rank 0 has no adapters, and that is no fault."
     from accelerate import Accelerator
-    from underdog.health import Health
+    from underdog.training.health import Health
     base = beginner(world)()
     model = load_model(ModelConfig(str(world/'llama'), rank=0))
     training = Training(model, base.data, base.cfg, Accelerator(cpu=True))

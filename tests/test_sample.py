@@ -6,10 +6,10 @@ import pandas as pd
 import pytest
 from hypothesis import given, strategies as st
 
-from underdog.competition import LMSYS
+from underdog.data.competition import LMSYS
 from underdog.core import UserError
-from underdog.data import TEXTS, find_duplicates, labels_of, make_folds, read_rows, swap_probs
-from underdog.sample import TOPICS, davidson, expected_loss, make_sample, write_sample
+from underdog.data.rows import TEXTS, find_duplicates, labels_of, make_folds, read_rows, swap_probs
+from underdog.data.sample import TOPICS, davidson, expected_loss, make_sample, write_sample
 
 
 @pytest.fixture(scope='module')

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from test_pipeline import finished, world   # noqa: F401  (fixtures)
 
 from underdog.core import RunFolder, UserError, write_json
-from underdog.data import prompt_groups, read_rows
-from underdog.learning_rate import best_rates, check_valley, extrapolate_lr, valleys, vertex
-from underdog.prepare import with_folds
-from underdog.scale import Points, check_points, compare, find_runs, fit_laws, law, plot_laws, points_of, predict, run_point, standard_errors
-from underdog.train import TrainConfig
+from underdog.data.rows import prompt_groups, read_rows
+from underdog.search.learning_rate import best_rates, check_valley, extrapolate_lr, valleys, vertex
+from underdog.training.prepare import with_folds
+from underdog.search.scaling import Points, check_points, compare, find_runs, fit_laws, law, plot_laws, points_of, predict, run_point, standard_errors
+from underdog.training.loop import TrainConfig
 
 SIZES = np.array([1000., 2000, 4000, 8000])
 
@@ -102,7 +102,7 @@ def test_learning_rates_are_read_from_run_folders_and_told(finished, tmp_path): 
     import pandas as pd
     from typer.testing import CliRunner
 
-    from underdog.cli import app
+    from underdog.console.main import app
     _, n, *_ = run_point(finished.path)
     rows, oof = (pd.read_parquet(finished.path/f) for f in ('rows.parquet', 'oof.parquet'))
     y, p = oof[['y_a', 'y_b', 'y_tie']].to_numpy(), oof[['p_a', 'p_b', 'p_tie']].to_numpy()

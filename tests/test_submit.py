@@ -16,14 +16,14 @@ from conftest import slow
 from safetensors.torch import load_file, save_file
 from test_pipeline import finished, probabilities, small_run, world   # noqa: F401 (fixtures)
 
-from underdog import schedule
-from underdog.blend import Blend, check_submission
-from underdog.competition import LMSYS
+from underdog.inference import schedule
+from underdog.inference.blend import Blend, check_submission
+from underdog.data.competition import LMSYS
 from underdog.core import RunFolder, UserError, read_json, write_json
-from underdog.data import read_rows
-from underdog.infer import InferConfig, Job, infer
-from underdog.sample import write_sample
-from underdog.submit import Answers, Evidence, Publisher, current, report, submit
+from underdog.data.rows import read_rows
+from underdog.inference.job import InferConfig, Job, infer
+from underdog.data.sample import write_sample
+from underdog.inference.scored import Answers, Evidence, Publisher, current, report, submit
 
 
 @pytest.fixture(scope='session')
@@ -177,7 +177,7 @@ def test_mistakes_are_said_before_anything_is_written(world, finished, tmp_path)
 
 
 def command(run, test_csv, sample, out, code='submit(sys.argv[1], sys.argv[2], sys.argv[4], InferConfig(batch_tokens=250), sys.argv[3], time_limit=1, publish_s=.1)'):
-    return subprocess.Popen([sys.executable, '-c', f'import sys; from underdog.submit import submit; from underdog.infer import InferConfig; {code}', str(run), str(test_csv), str(sample), str(out)],
+    return subprocess.Popen([sys.executable, '-c', f'import sys; from underdog.inference.scored import submit; from underdog.inference.job import InferConfig; {code}', str(run), str(test_csv), str(sample), str(out)],
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

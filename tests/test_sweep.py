@@ -12,8 +12,8 @@ import pytest
 
 from underdog.core import UserError
 from underdog.session import locked
-from underdog.sweep import Sweep, abandon, curve, falls_behind, folder_of, read_sweep, run_sweep, study_of, suggest, trials_of, trials_table
-from underdog.trials import importances, positions, write_figures
+from underdog.search.sweep import Sweep, abandon, curve, falls_behind, folder_of, read_sweep, run_sweep, study_of, suggest, trials_of, trials_table
+from underdog.search.trials import importances, positions, write_figures
 
 PRETEND = '''import json, math, time
 from pathlib import Path
@@ -30,7 +30,7 @@ for i in range(done, 3):
         state = 'paused'
         break
 (run/'status.json').write_text(json.dumps(dict(state=state, step=30, of=30)))'''
-CODE = 'import sys\nfrom underdog.sweep import read_sweep, run_sweep\nrun_sweep(read_sweep(sys.argv[1]), sys.argv[2], say=lambda s: print(s, flush=True))'
+CODE = 'import sys\nfrom underdog.search.sweep import read_sweep, run_sweep\nrun_sweep(read_sweep(sys.argv[1]), sys.argv[2], say=lambda s: print(s, flush=True))'
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_a_trial_that_ends_while_another_process_looks_keeps_its_loss(tmp_path, 
     def late(folder, wait=0.):   # its owner ends it and lets go of it, between our look and our turn
         study.tell(trial, .9)
         yield
-    monkeypatch.setattr('underdog.sweep.locked', late)
+    monkeypatch.setattr('underdog.search.sweep.locked', late)
     abandon(study, tmp_path)
     assert states(study) == ['COMPLETE'] and study.best_value == .9
 
@@ -139,7 +139,7 @@ def test_what_runs_on_another_machine_is_not_waited_for(tmp_path):
 def test_a_writer_killed_within_a_line_stops_nobody(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)   # a relative folder, as on the command line
     study, trial = asked('out')
-    code = "import os\nfrom underdog.sweep import JournalLock\nlock = JournalLock('out/journal.log')\nlock.acquire()\nlock.file.write(b'{\"op_code\": 8, \"wor')\nlock.file.flush()\nos.kill(os.getpid(), 9)"
+    code = "import os\nfrom underdog.search.sweep import JournalLock\nlock = JournalLock('out/journal.log')\nlock.acquire()\nlock.file.write(b'{\"op_code\": 8, \"wor')\nlock.file.flush()\nos.kill(os.getpid(), 9)"
     assert subprocess.run([sys.executable, '-c', code]).returncode == -signal.SIGKILL
     trial.set_user_attr('seen', 1)   # by one who had the journal open
     (again, second), whole = asked('out'), open('out/journal.log').read()
@@ -197,7 +197,7 @@ def test_the_journal_of_another_sweep_or_of_nothing_is_refused(tmp_path, kernel)
 
 def test_the_command(tmp_path, kernel):
     file = write(tmp_path, kernel, trials=2)
-    done = subprocess.run([sys.executable, '-c', 'from underdog.cli import main; main()', 'sweep', str(file), '--out', str(tmp_path/'out')], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-c', 'from underdog.console.main import main; main()', 'sweep', str(file), '--out', str(tmp_path/'out')], capture_output=True, text=True)
     assert done.returncode == 0 and 'best first' in done.stdout, done.stderr
     assert (tmp_path/'out'/'sweep.png').stat().st_size > 5000 and len((tmp_path/'out'/'trials.csv').read_text().splitlines()) == 3
     assert len(json.loads((tmp_path/'out'/next(p.name for p in (tmp_path/'out').glob('trial-*'))/'trial.json').read_text())['params']) == 1

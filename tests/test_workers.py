@@ -16,11 +16,11 @@ from test_pipeline import finished, small_run, world   # noqa: F401 (fixtures)
 from test_model import bases, trained   # noqa: F401 (bases is a fixture)
 
 from underdog.core import UserError, write_json
-from underdog.infer import InferConfig, infer, predict_parts, start_worker, work
-from underdog.model import ModelConfig
-from underdog.source import RowSource
-from underdog.predict import part_logits
-from underdog.workers import Workers, WorkQueue
+from underdog.inference.job import InferConfig, infer, predict_parts, start_worker, work
+from underdog.model.model import ModelConfig
+from underdog.text.source import RowSource
+from underdog.model.predict import part_logits
+from underdog.inference.workers import Workers, WorkQueue
 
 
 @given(st.integers(0, 30), st.lists(st.tuples(st.sampled_from('abc'), st.sampled_from(['take', 'done', 'die'])), max_size=80))

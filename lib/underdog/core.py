@@ -110,7 +110,7 @@ def build_id():
     "The library's version and a hash of its sources: which code made a run."
     from underdog import __version__
     here = Path(__file__).parent if '__file__' in globals() else Path('.')
-    return f'{__version__}+{fingerprint(*[p.read_bytes() for p in sorted(here.glob("*.py"))])[:8]}'
+    return f'{__version__}+{fingerprint(*[p.read_bytes() for p in sorted(here.rglob("*.py"))])[:8]}'
 
 def versions():
     "Versions of Python and of the libraries a result depends on."
