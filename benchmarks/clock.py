@@ -21,13 +21,14 @@ SHARES, FACTOR = (1., .6, .3, .05), 3
 def make_runs(folder, n_train):
     "Train the two runs."
     from underdog.console.demo import smollm2
-    from underdog.training.worker import train
+    from underdog.training.run import train
     from underdog.model.model import ModelConfig
     from underdog.text.prompt import PromptConfig
-    from underdog.training.loop import TrainConfig
+    from underdog.training.settings import TrainConfig
     base = str(smollm2())
-    return [train(folder/f'layers{n}', folder/'data'/'train.csv', ModelConfig(base, layers=n, rank=16, alpha=32, quantization='none'), PromptConfig(base, max_length=128),
-                  TrainConfig(lr=1e-3, head_lr=5e-4, start='none', n_folds=4, evaluations=1)) for n in (4, 2)]
+    cfg = TrainConfig(lr=1e-3, head_lr=5e-4, start='none', n_folds=4, evaluations=1)
+    models = {n: ModelConfig(base, layers=n, rank=16, alpha=32, quantization='none') for n in (4, 2)}
+    return [train(folder/'data'/'train.csv', m, folder/f'layers{n}', PromptConfig(max_length=128), cfg=cfg) for n, m in models.items()]
 
 
 @contextlib.contextmanager
@@ -56,9 +57,10 @@ def timed(folder, runs, name, limit):
     "(seconds, summary) of an inference with `limit` seconds."
     from underdog.core import read_json
     from underdog.inference.job import InferConfig
-    from underdog.inference.scored import submit
+    from underdog.inference.scored import predict
     began = time.monotonic()
-    submit([str(r.path) for r in runs], folder/'data'/'test.csv', folder/name, InferConfig(batch_tokens=512, processes=1), folder/'data'/'sample_submission.csv', time_limit=limit/3600, began=began)
+    predict([str(r.path) for r in runs], folder/'data'/'test.csv', folder/name, 
+            InferConfig(batch_tokens=512, processes=1, sample_submission=str(folder/'data'/'sample_submission.csv'), time_limit=limit/3600, began=began))
     seconds, file = time.monotonic() - began, folder/name/'summary.json'
     return seconds, read_json(file) if file.exists() else dict(answered={str(r.path): [0, 0] for r in runs})
 
@@ -115,7 +117,7 @@ def main():
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args()
     one_thread()
-    from underdog.inference.blend import check_submission
+    from underdog.data.submission import check_submission
     from underdog.data.competition import LMSYS
     from underdog.core import read_json
     from underdog.data.sample import write_sample

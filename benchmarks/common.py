@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from underdog.text.heads import HEADS
 from underdog.search.estimate import CHARS_PER_TOKEN, lmsys_lengths
 
 EPOCH = 57_477   # rows of the LMSYS train.csv
@@ -24,7 +25,7 @@ def one_thread():
     os.environ.update(OMP_NUM_THREADS='1', TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1')
     import torch
 
-    from underdog.core import quiet
+    from underdog.machine import quiet
     torch.set_num_threads(1)
     warnings.filterwarnings('ignore', category=FutureWarning)   # of transformers and peft to each other
     warnings.filterwarnings('ignore', message='.*use_reentrant')          # of torch to the k-bit recipe
@@ -68,7 +69,7 @@ def make_prompter(head):
     "The part of a `Prompter` that packing needs, with the frame of `head`."
     names = dict(joint=('start', 'label_a', 'label_b', 'end'), pair=('start', 'middle', 'end'), symmetric=('start', 'middle', 'end', 'ask'))[head]
     frame = {n: FRAME[n] for n in names}
-    return SimpleNamespace(cfg=SimpleNamespace(head=head), frame=frame | dict(read='last'), frame_size=sum(map(len, frame.values())), read='last', pad_id=0)
+    return SimpleNamespace(head=HEADS[head], frame=frame | dict(read='last'), frame_size=sum(map(len, frame.values())), read='last', pad_id=0)
 
 
 def make_base(folder):

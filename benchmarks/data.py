@@ -69,17 +69,17 @@ def peak_gb():
     "Peak resident memory of this process in GB (10^9 bytes), its own from its start."
     status = Path('/proc/self/status')    # ru_maxrss of a child can show its parent's peak
     if status.exists(): return int(status.read_text().split('VmHWM:')[1].split()[0])*1024/1e9
-    from underdog.core import peak_memory_gb
+    from underdog.machine import peak_memory_gb
     return peak_memory_gb()
 
 
 def run_underdog(file, tokenizer, head, max_length, cache):
     "Read and tokenize with underdog; a second pass finds the cache."
-    from underdog.core import quiet
+    from underdog.machine import quiet
     from underdog.data.rows import read_rows
     from underdog.text.prompt import PromptConfig, Prompter, tokenize_rows
     quiet()
-    prompter = Prompter(PromptConfig(tokenizer, head=head, max_length=max_length))
+    prompter = Prompter(PromptConfig(max_length=max_length), tokenizer, head)
     start = time.perf_counter()
     df, _ = read_rows(file)
     read = time.perf_counter() - start

@@ -22,19 +22,22 @@ JUMPS = "import random, time\n_real = time.time\ntime.time = lambda: _real() + r
 
 def job(kind, folder, out):
     "What a killed process was doing: a whole training, or a whole inference with a deadline an hour away."
-    from underdog.core import quiet
+    from underdog.machine import quiet
     quiet()
     data, base = Path(folder)/'data', str(Path(folder)/'base')
     if kind == 'train':
-        from underdog.training.worker import train
+        from underdog.session import SessionConfig
+        from underdog.training.run import train
         from underdog.model.model import ModelConfig
         from underdog.text.prompt import PromptConfig
-        from underdog.training.loop import TrainConfig
-        train(out, data/'train.csv', ModelConfig(base, rank=4), PromptConfig(base, max_length=96), TrainConfig(n_folds=3, epochs=6., batch_rows=8, batch_tokens=512, lr=1e-2, head_lr=1e-2, evaluations=4), save_minutes=.005)
+        from underdog.training.settings import TrainConfig
+        cfg = TrainConfig(n_folds=3, epochs=6., batch_rows=8, batch_tokens=512, lr=1e-2, head_lr=1e-2, evaluations=4)
+        train(data/'train.csv', ModelConfig(base, rank=4, quantization='none'), out, PromptConfig(max_length=96), cfg=cfg, session=SessionConfig(save_minutes=.005))
     else:
         from underdog.inference.job import InferConfig
-        from underdog.inference.scored import submit
-        submit(str(Path(folder)/'whole'), data/'test.csv', out, InferConfig(batch_tokens=300, processes=2), data/'sample_submission.csv', time_limit=1., publish_s=.2)
+        from underdog.inference.scored import predict
+        predict(str(Path(folder)/'whole'), data/'test.csv', out, 
+                InferConfig(batch_tokens=300, processes=2, sample_submission=str(data/'sample_submission.csv'), time_limit=1., publish_s=.2))
 
 
 def start(kind, folder, out):
@@ -86,7 +89,7 @@ def torn(out):
 def steps_redone(out):
     "Steps that were logged and are not in the newest checkpoint."
     from underdog.training.checkpoint import Checkpoints
-    from underdog.core import RunFolder
+    from underdog.runfolder import RunFolder
     if (out/'adapter').exists(): return 0   # done, but for the last words
     metrics, kept = RunFolder(out).metrics(), Checkpoints(out/'checkpoint').steps()
     return int(metrics['step'].max() if 'step' in metrics else 0) - (kept[0] if kept else 0)
@@ -101,7 +104,7 @@ def result(kind, out):
 
 def valid(out, folder):
     "Is there a valid submission, or did the process not live to its first seconds?"
-    from underdog.inference.blend import check_submission
+    from underdog.data.submission import check_submission
     from underdog.data.competition import LMSYS
     file = out/'submission.csv'
     try: return not file.exists() or check_submission(file, LMSYS, folder/'data'/'sample_submission.csv') > 0

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from underdog.inference.blend import bootstrap_ci, log_loss, paired_ci
+from underdog.data.metrics import bootstrap_ci, log_loss, paired_ci
 from underdog.data.competition import get_competition
-from underdog.core import RunFolder
+from underdog.runfolder import RunFolder
 from underdog.console.demo import smollm2
 from underdog.data.floors import FLOORS
 

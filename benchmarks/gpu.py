@@ -66,7 +66,7 @@ def build(model_type, shape, kind, head, device, dtype):
     if hasattr(backbone, 'rotary_emb'):
         with torch.device(device): backbone.rotary_emb = type(backbone.rotary_emb)(config)
     backbone.requires_grad_(False)
-    planner, cfg = Planner(backbone), ModelConfig('random', head=head, rank=RANK, pooling='read')
+    planner, cfg = Planner(backbone), ModelConfig('random', head=head, rank=RANK, pooling='read', quantization='none')
     return PreferenceModel(cfg, add_lora(backbone, cfg), make_head(cfg, config.hidden_size).to(device), dtype, 'seeded', '', planner)
 
 
@@ -169,7 +169,7 @@ def main():
     if not torch.cuda.is_available():
         print('skipped: no CUDA device here; run it on a card')
         return last_line(dict(skipped='no CUDA device'))
-    from underdog.core import pick_dtype, quiet
+    from underdog.machine import pick_dtype, quiet
     quiet()
     device, dtype = 'cuda:0', pick_dtype('cuda:0')[0]
     lengths, origin = row_lengths(scale=1)

@@ -24,7 +24,7 @@ def load(base, head):
     import torch
 
     from underdog.model.model import ModelConfig, adapter_parameters, load_model
-    model = load_model(ModelConfig(base, head=head, rank=RANK, alpha=RANK)).eval()
+    model = load_model(ModelConfig(base, head=head, rank=RANK, alpha=RANK, quantization='none')).eval()
     generator = torch.Generator().manual_seed(0)
     for p in adapter_parameters(model): p.data.normal_(0, .02, generator=generator)
     return model

@@ -34,14 +34,15 @@ def make_model(name, folder):
 def measure(name, train_csv, folder, steps):
     "(calibration, seconds, GB) of one shape."
     from underdog.search.calibrate import calibrate
-    from underdog.training.worker import train
+    from underdog.session import SessionConfig
+    from underdog.training.run import train
     from underdog.model.model import ModelConfig
     from underdog.text.prompt import PromptConfig
-    from underdog.training.loop import TrainConfig
+    from underdog.training.settings import TrainConfig
     base = str(make_model(name, folder/name))
-    settings = (ModelConfig(base, rank=8, alpha=8.), PromptConfig(base, max_length=256), TrainConfig(n_folds=5, batch_rows=16, batch_tokens=2048, probe_rows=0))
-    calibrated = calibrate(train_csv, *settings, steps=steps)
-    run = train(folder/f'{name}-run', train_csv, *settings, processes=1)
+    model, prompt, cfg = (ModelConfig(base, rank=8, alpha=8., quantization='none'), PromptConfig(max_length=256), TrainConfig(n_folds=5, batch_rows=16, batch_tokens=2048, probe_rows=0))
+    calibrated = calibrate(train_csv, model, prompt, cfg=cfg, steps=steps)
+    run = train(train_csv, model, folder/f'{name}-run', prompt, cfg=cfg, session=SessionConfig(processes=1))
     return calibrated, run.status['elapsed_s'], float(run.metrics()['memory_gb'].dropna().max())
 
 
@@ -51,7 +52,7 @@ def main():
     parser.add_argument('--steps', type=int, default=8, help='that the calibration times')
     parser.add_argument('--shapes', default=','.join(SHAPES), help='which models')
     args = parser.parse_args()
-    from underdog.core import quiet
+    from underdog.machine import quiet
     from underdog.search.estimate import PUBLISHED, implied
     from underdog.data.sample import write_sample
     quiet()

@@ -21,8 +21,8 @@ SHARES = (1/16, 1/8, 1/4, 1/2, 1.)
 def held_losses(df, comp, cfg):
     "(rows learned from, {floor: held-out losses}) with the settings `cfg`."
     import pandas as pd
-    from underdog.inference.blend import row_log_loss
-    from underdog.data.rows import labels_of, prompt_groups
+    from underdog.data.metrics import row_log_loss
+    from underdog.data.folds import labels_of, prompt_groups
     from underdog.data.floors import Floors
     from underdog.training.prepare import with_folds
     part = with_folds(df, cfg)
@@ -37,7 +37,7 @@ def on_rows(df, comp, seed):
     import numpy as np
     from underdog.core import UserError
     from underdog.search.scaling import Points, predict, standard_errors
-    from underdog.training.loop import TrainConfig
+    from underdog.training.settings import TrainConfig
     sizes, losses = zip(*(held_losses(df, comp, TrainConfig(share=s, seed=seed)) for s in SHARES))
     found = []
     for floor in losses[0]:

@@ -93,7 +93,7 @@ def run_trainer(model, tokens, folder):
 
 def our_model(base, lora_layers=''):
     from underdog.model.model import ModelConfig, load_model
-    return load_model(ModelConfig(base, head='joint', rank=RANK, alpha=RANK, lora_layers=lora_layers))
+    return load_model(ModelConfig(base, head='joint', rank=RANK, alpha=RANK, lora_layers=lora_layers, quantization='none'))
 
 
 def run_ours(model, tokens, packing='causal'):
@@ -101,7 +101,10 @@ def run_ours(model, tokens, packing='causal'):
     from accelerate import Accelerator
 
     from underdog.text.source import RowSource
-    from underdog.training.loop import FitData, TrainConfig, Training, fit, row_order
+    from underdog.training.loop import fit
+    from underdog.training.schedule import row_order
+    from underdog.training.settings import TrainConfig
+    from underdog.training.step import FitData, Training
     cfg = TrainConfig(batch_rows=ROWS, batch_tokens=BUDGET if packing else 10**6, lr=1e-4, head_lr=1e-4, orders='given', evaluations=1, log_every=10**6)
     source = RowSource(tokens, make_prompter('joint'), packing)
     in_order = np.argsort(row_order(len(tokens), cfg.epochs, cfg.seed))   # `fit` shuffles; so every step gets the batch that the peer's sampler drew

@@ -4,10 +4,12 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from underdog.inference.blend import (Blend, apply_temperature, bootstrap_ci, check_submission, cross_fit, fit_temperature, log_loss, paired_ci, write_submission)
+from underdog.data.metrics import apply_temperature, bootstrap_ci, fit_temperature, log_loss, paired_ci
+from underdog.data.submission import check_submission, write_submission
+from underdog.inference.blend import Blend, cross_fit
 from underdog.data.competition import LMSYS, WSDM
 from underdog.core import UserError
-from underdog.data.rows import swap_probs
+from underdog.data.folds import swap_probs
 
 
 def drawn(n=400, seed=0, c=3):

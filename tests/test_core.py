@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from underdog.data.competition import COMPETITIONS, LLM_FINETUNING, LMSYS, WSDM, detect_competition, get_competition
-from underdog.core import (RunFolder, UserError, atomic_path, atomic_write, build_id, coerce, file_hash, fingerprint, on_kaggle, pick_dtype, read_json,
-                           resolve_input, seed_everything, versions, write_json)
+from underdog.core import UserError, atomic_path, atomic_write, build_id, coerce, file_hash, fingerprint, read_json, versions, write_json
+from underdog.machine import on_kaggle, pick_dtype, resolve_input, seed_everything
+from underdog.runfolder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ def test_run_folder_keeps_status_and_metrics(tmp_path):
     assert {p.name for p in run.path.iterdir()} == {'config.json', 'status.json', 'metrics.jsonl'}
     again.cut_metrics(0)
     assert again.metrics().empty
-    RunFolder.clear(tmp_path/'run')
+    RunFolder(tmp_path/'run').clear()
     assert not list(run.path.iterdir())   # a new run inherits nothing
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from underdog.data.competition import LLM_FINETUNING, LMSYS, WSDM
 from underdog.core import UserError
-from underdog.data.rows import (TEXTS, data_hash, find_duplicates, labels_of, make_folds, prompt_groups, read_rows, repair, swap_probs, swap_rows, write_rows)
+from underdog.data.folds import find_duplicates, labels_of, make_folds, prompt_groups, swap_probs, swap_rows
+from underdog.data.rows import TEXTS, data_hash, read_rows, repair, write_rows
 
 HEAD = 'id,model_a,model_b,prompt,response_a,response_b,winner_model_a,winner_model_b,winner_tie\n'
 slow_ok = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])

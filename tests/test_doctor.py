@@ -7,10 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_pipeline import finished, small_run, world   # noqa: F401 (fixtures)
+from fixtures import small_run
 
 from underdog.console import doctor
-from underdog.core import RunFolder, UserError, write_json
+from underdog.core import UserError, write_json
+from underdog.runfolder import RunFolder
 from underdog.console.doctor import Check, gate, gpus, imports_offline, kernel_checks, packages, room, run_checks
 from underdog.inference.job import InferConfig
 from underdog.kernels import run_kernel
@@ -23,18 +24,18 @@ def red(checks): return [c for c in checks if c.state == 'fail']
 
 
 @pytest.fixture
-def patient(finished, tmp_path):   # noqa: F811
+def patient(finished, tmp_path):
     "A copy of a finished run, to be made ill."
     shutil.copytree(finished.path, tmp_path/'run')
     return RunFolder(tmp_path/'run')
 
 
-def test_a_well_run_is_green(finished):   # noqa: F811
+def test_a_well_run_is_green(finished):
     found = run_checks(finished.path)
     assert states(found) == {k: 'ok' for k in ('state', 'template, tokenizer, base', 'versions', 'reload equality', 'validation loss', 'swap consistency')}
 
 
-def test_another_head_in_four_bits_is_green(world, tmp_path):   # noqa: F811
+def test_another_head_in_four_bits_is_green(world, tmp_path):
     assert not red(run_checks(small_run(world, tmp_path/'run', head='joint', quantization='nf4').path))
 
 
@@ -59,7 +60,7 @@ def test_another_template_or_base_is_red(patient, change, name):
     assert len(lines := red(run_checks(patient.path))) == 1 and name in lines[0].found
 
 
-def test_an_unfinished_run_says_what_there_is(world, tmp_path):   # noqa: F811
+def test_an_unfinished_run_says_what_there_is(world, tmp_path):
     run = small_run(world, tmp_path/'run', session=dict(time_limit=1e-6))
     line, = red(run_checks(run.path))
     assert 'paused at step' in line.found and 'start it again' in line.remedy
@@ -95,7 +96,7 @@ def test_a_red_line_stops_but_not_a_scored_run(monkeypatch, capsys):
     assert 'set [the] accelerator' in capsys.readouterr().out
 
 
-def test_kernels_are_checked_before_they_run(world, finished, tmp_path):   # noqa: F811
+def test_kernels_are_checked_before_they_run(world, finished, tmp_path):
     given = dict(train_csv=str(world/'train.csv'), model=str(world/'llama'))
     assert not red(kernel_checks('train', given)) and {c.name for c in red(kernel_checks('train', {}))} == {'train_csv', 'model'}
     assert not red(kernel_checks('infer', dict(run=str(finished.path), test_csv=str(world/'test.csv'))))
@@ -103,7 +104,7 @@ def test_kernels_are_checked_before_they_run(world, finished, tmp_path):   # noq
     with pytest.raises(UserError, match='did you mean lr'): kernel_checks('train', dict(lrr='1'))
 
 
-def test_a_kernel_with_an_ill_run_stops_in_its_gate(world, patient, tmp_path):   # noqa: F811
+def test_a_kernel_with_an_ill_run_stops_in_its_gate(world, patient, tmp_path):
     write_json(patient.config_file, patient.config | dict(template_hash='x'))
     with pytest.raises(UserError, match='template'): run_kernel('infer', dict(run=str(patient.path), test_csv=str(world/'test.csv'), out=str(tmp_path/'out')), tmp_path)
     assert not (tmp_path/'out').exists()

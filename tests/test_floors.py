@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from underdog.data.competition import LMSYS, WSDM
 from underdog.core import UserError
-from underdog.data.rows import labels_of, make_folds, read_rows, swap_probs, swap_rows
+from underdog.data.folds import labels_of, make_folds, swap_probs, swap_rows
+from underdog.data.rows import read_rows
 from underdog.data.floors import FLOORS, Floors, best_floor, cross_predict, features
 from underdog.data.sample import write_sample
 

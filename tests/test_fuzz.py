@@ -7,23 +7,23 @@ import shutil
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from test_pipeline import finished, world   # noqa: F401 (fixtures)
 
 from underdog.model.merge import load_adapter
 from underdog.inference.blend import Blend, gather_oof
 from underdog.training.checkpoint import Checkpoints
-from underdog.core import RunFolder, UserError, coerce, read_json
+from underdog.core import UserError, coerce, read_json
+from underdog.runfolder import RunFolder
 from underdog.console.doctor import run_checks
 from underdog.data.floors import Floors
 from underdog.inference.job import InferConfig, check_run
 from underdog.training.prepare import differences, find_earlier
 from underdog.text.prompt import PromptConfig
 from underdog.session import Session
-from underdog.training.loop import TrainConfig
+from underdog.training.settings import TrainConfig
 
 
 @pytest.fixture(scope='module')
-def patient(finished, tmp_path_factory):   # noqa: F811
+def patient(finished, tmp_path_factory):
     "A run folder to be broken again and again, with a checkpoint and a blend in it."
     folder = tmp_path_factory.mktemp('patient')/'run'
     shutil.copytree(finished.path, folder)

@@ -197,7 +197,7 @@ def test_both_mount_layouts_and_archives_that_are_left_packed(server, hub, tmp_p
     lib = ship(hub, tmp_path/"lib", "underdog-lib")
     ship(hub, data(tmp_path/"d"), "some-data")
     model = ship_model(hub, data(tmp_path/'m'), 'me/tiny/transformers/small')
-    cell = 'import underdog.core as c\nfor spec in (csv, model): print("resolved", c.resolve_input(spec))\nprint("library", c.__file__)'
+    cell = 'import underdog.machine as c\nfor spec in (csv, model): print("resolved", c.resolve_input(spec))\nprint("library", c.__file__)'
     k = notebook(tmp_path/'k.ipynb', cell, parameters='csv = ""\nmodel = ""')
     done = push(hub, k, dict(csv='me/some-data/rows.csv', model=f'models/{model.ref}'), 'small-kernel', Push(shape='', gpus=0, bundles={lib.ref: lib.hash}, sources=('me/some-data',)))
     job = run_of(server, done)

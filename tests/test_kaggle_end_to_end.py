@@ -9,16 +9,18 @@ import pandas as pd
 import pytest
 from conftest import slow
 from kaggle_server import KaggleServer, log_loss_of
-from test_pipeline import P, world   # noqa: F401  (fixture)
+from test_pipeline import P
 
 from underdog.data.competition import LMSYS
-from underdog.core import RunFolder, build_id, read_json
+from underdog.core import build_id, read_json
+from underdog.runfolder import RunFolder
 from underdog.inference.job import InferConfig
-from underdog.training.worker import train
+from underdog.session import SessionConfig
+from underdog.training.run import train
 from underdog.model.model import ModelConfig
 from underdog.text.prompt import PromptConfig
-from underdog.inference.scored import submit
-from underdog.training.loop import TrainConfig
+from underdog.inference.scored import predict
+from underdog.training.settings import TrainConfig
 
 MODEL = 'models/me/tiny/transformers/llama/1'
 TRAIN = dict(train_csv='me/tiny-data/train.csv', model=MODEL, quantization='none', rank=4, max_length=128, n_folds=3, lr=1e-2, head_lr=1e-2, batch_rows=8, epochs=2.0, evaluations=1, probe_rows=0, processes=1)
@@ -38,7 +40,7 @@ def installed_wheel(name, folder, without=()):
 
 
 @pytest.fixture(scope='module')
-def kaggle(world, tmp_path_factory):   # noqa: F811
+def kaggle(world, tmp_path_factory):
     root = tmp_path_factory.mktemp('kaggle')
     server = KaggleServer(root/'server').start()
     server.slots = 3
@@ -68,12 +70,12 @@ def underdog(server, root, *args, code=0):
 def p_of(values): return [x for k, v in values.items() for x in ('-p', f'{k}={v}')]
 
 
-def ship_inputs(server, root, world):   # noqa: F811
+def ship_inputs(server, root, world):
     underdog(server, root, 'bundle', '--folder', root/'data', '--slug', 'tiny-data', '--poll', '.1')
     underdog(server, root, 'bundle', '--folder', world/'llama', '--model', 'me/tiny/transformers/llama', '--poll', '.1')
 
 
-def test_from_an_empty_folder_to_a_score(world, kaggle, tmp_path, monkeypatch):   # noqa: F811
+def test_from_an_empty_folder_to_a_score(world, kaggle, tmp_path, monkeypatch):
     server, root = kaggle
     cpu = ['--shape', '', '--poll', '.1']
     said = underdog(server, root, 'bundle', '--poll', '.1')
@@ -93,7 +95,8 @@ def test_from_an_empty_folder_to_a_score(world, kaggle, tmp_path, monkeypatch): 
     # the run is that of one uninterrupted training on this machine
     monkeypatch.setenv('UNDERDOG_CACHE', str(tmp_path/'cache'))
     base = str(world/'llama')
-    here = train(tmp_path/'run', world/'train.csv', ModelConfig(base, quantization='none', rank=4, alpha=16., dropout=0.), PromptConfig(base, max_length=128), SETTINGS, processes=1)
+    here = train(world/'train.csv', ModelConfig(base, quantization='none', rank=4, alpha=16., dropout=0.), tmp_path/'run', PromptConfig(max_length=128), cfg=SETTINGS,
+                 session=SessionConfig(processes=1))
     there = RunFolder.open(sessions[2].output/'run')
     assert {f.name: f.read_bytes() for f in here.adapter.glob('*.safetensors')} == {f.name: f.read_bytes() for f in there.adapter.glob('*.safetensors')}
     assert there.config['build_id'] == build_id()
@@ -101,12 +104,12 @@ def test_from_an_empty_folder_to_a_score(world, kaggle, tmp_path, monkeypatch): 
     assert all('/kaggle/input/' in p for p in proof['library'])
     assert (sessions[2].tree/'site'/'bitsandbytes'/'__init__.py').is_file()   # the wheel was installed from the dataset
 
-    # infer and submit
+    # infer and predict
     given = dict(run='notebooks/me/tiny-relay-3/run', test_csv=f'competitions/{SLUG}/test.csv', sample_submission=f'competitions/{SLUG}/sample_submission.csv', base=MODEL)
     said = underdog(server, root, 'submit', '--competition', 'lmsys', *p_of(given), '-m', 'tiny', *cpu)
     assert 'submission.csv is valid, 3 rows' in said and 'CV and leaderboard' in said
     scored = server.submissions[0]['job'].output
-    mine = submit(str(here.path), root/'hidden'/'test.csv', tmp_path/'pred', InferConfig(), submission=tmp_path/'submission.csv')
+    mine = predict(str(here.path), root/'hidden'/'test.csv', tmp_path/'pred', InferConfig(submission=str(tmp_path/'submission.csv')))
     theirs = pd.read_csv(scored/'submission.csv')
     pd.testing.assert_frame_equal(mine, theirs)
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path/'pred'/'predictions.parquet')[P], pd.read_parquet(scored/'predictions'/'predictions.parquet')[P])
@@ -123,7 +126,7 @@ def test_from_an_empty_folder_to_a_score(world, kaggle, tmp_path, monkeypatch): 
 
 
 @slow
-def test_push_train_and_push_infer_give_what_they_give_here(world, kaggle, tmp_path, monkeypatch):   # noqa: F811
+def test_push_train_and_push_infer_give_what_they_give_here(world, kaggle, tmp_path, monkeypatch):
     "In one session each, without a relay."
     server, root = kaggle
     cpu = ['--shape', '', '--poll', '.1', '--wait']
@@ -134,6 +137,7 @@ def test_push_train_and_push_infer_give_what_they_give_here(world, kaggle, tmp_p
     underdog(server, root, 'pull', 'underdog-infer')
     monkeypatch.setenv('UNDERDOG_CACHE', str(tmp_path/'cache'))
     base = str(world/'llama')
-    here = train(tmp_path/'run', world/'train.csv', ModelConfig(base, quantization='none', rank=4, alpha=16., dropout=0.), PromptConfig(base, max_length=128), SETTINGS, processes=1)
-    mine = submit(str(here.path), world/'test.csv', tmp_path/'pred', InferConfig(), submission=tmp_path/'submission.csv')
+    here = train(world/'train.csv', ModelConfig(base, quantization='none', rank=4, alpha=16., dropout=0.), tmp_path/'run', PromptConfig(max_length=128), cfg=SETTINGS,
+                 session=SessionConfig(processes=1))
+    mine = predict(str(here.path), world/'test.csv', tmp_path/'pred', InferConfig(submission=str(tmp_path/'submission.csv')))
     pd.testing.assert_frame_equal(mine, pd.read_csv(root/'empty'/'runs'/'underdog-infer'/'submission.csv'))

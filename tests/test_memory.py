@@ -4,7 +4,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_model import DECODERS, FAMILIES, backward, bases, family_config, make_batch, trained   # noqa: F401 (bases is a fixture)
+from fixtures import DECODERS, FAMILIES, family_config
+from test_model import backward, make_batch, trained
 from test_packing import both_ways
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,8 +19,8 @@ def gradients(model, batch): return [p.grad for p in adapter_parameters(backward
 
 @pytest.mark.parametrize('how', ['packed', 'padded'])
 @pytest.mark.parametrize('family', FAMILIES)
-def test_recomputation_changes_no_gradient_and_keeps_less(bases, family, how):   # noqa: F811
-    cfg = ModelConfig(str(bases[family]), rank=4)
+def test_recomputation_changes_no_gradient_and_keeps_less(bases, family, how):
+    cfg = ModelConfig(str(bases[family]), rank=4, quantization='none')
     plain, again = trained(cfg), trained(cfg)
     batch = both_ways(plain, 'pair', read='first' if family not in DECODERS else 'last')[how == 'padded']
     line = plan_memory(again, batch, batch.padded, 'all')
@@ -29,7 +30,7 @@ def test_recomputation_changes_no_gradient_and_keeps_less(bases, family, how):  
 
 
 @pytest.mark.parametrize('quantization', ['nf4', 'int8'])
-def test_recomputation_of_quantized_layers(bases, quantization):   # noqa: F811
+def test_recomputation_of_quantized_layers(bases, quantization):
     cfg = ModelConfig(str(bases['gemma2']), rank=4, quantization=quantization, int8_threshold=0.)
     plain, again = trained(cfg), trained(cfg)
     batch = both_ways(plain, 'pair')[0]
@@ -50,7 +51,7 @@ def deep(tmp_path_factory):
 @pytest.mark.parametrize('checkpointing,factor', [('none', 4), ('all', 6)])
 def test_a_frozen_third_costs_its_forward_pass_alone(deep, checkpointing, factor):
     "2P·f + (4 or 6)P·(1 − f) for each token, by FLOP counter; LoRA (rank 1) and the attention of these short rows are the rest."
-    model = load_model(ModelConfig(str(deep), rank=1, lora_layers='2:', pooling='mean'))
+    model = load_model(ModelConfig(str(deep), rank=1, lora_layers='2:', pooling='mean', quantization='none'))
     packed, _ = both_ways(model, 'pair', longest=4)
     packed.pool, packed.pool_of = torch.arange(packed.tokens), torch.arange(packed.tokens) % len(packed.read)   # the last layer is read at every token
     plan_memory(model, packed, packed.tokens, checkpointing)
@@ -62,7 +63,7 @@ def test_a_frozen_third_costs_its_forward_pass_alone(deep, checkpointing, factor
 
 @pytest.mark.parametrize('checkpointing', ['none', 'all'])
 def test_nothing_below_the_first_adapter_has_a_gradient(deep, checkpointing):
-    model, outputs = load_model(ModelConfig(str(deep), rank=4, lora_layers='2:')), {}
+    model, outputs = load_model(ModelConfig(str(deep), rank=4, lora_layers='2:', quantization='none')), {}
     batch, _ = both_ways(model, 'pair')
     plan_memory(model, batch, batch.tokens, checkpointing)
     def note(layer, args, out): outputs[layers.index(layer)] = (out[0] if isinstance(out, tuple) else out).requires_grad
@@ -85,7 +86,7 @@ def test_the_fewest_and_lowest_layers_that_fit(saved, entering, room):
 
 
 def test_the_plan_says_what_it_does(deep):
-    model = load_model(ModelConfig(str(deep), rank=4))
+    model = load_model(ModelConfig(str(deep), rank=4, quantization='none'))
     batch, _ = both_ways(model, 'pair')
     before = torch.get_rng_state()
     everything = saved_bytes(model, batch).sum()
@@ -100,17 +101,17 @@ def test_other_values_are_refused(value):
     with pytest.raises(UserError, match='a number of layers wanted'): check_checkpointing(value)
 
 
-def test_an_embedding_on_the_host_gives_equal_states(bases):   # noqa: F811
-    here, there = (trained(ModelConfig(str(bases['gemma2']), rank=4)) for _ in range(2))
+def test_an_embedding_on_the_host_gives_equal_states(bases):
+    here, there = (trained(ModelConfig(str(bases['gemma2']), rank=4, quantization='none')) for _ in range(2))
     batch, _ = both_ways(here, 'pair')
     host_embedding(there.backbone.get_input_embeddings())
     for p, q in zip(gradients(here, batch), gradients(there, batch)): assert torch.equal(p, q)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
-def test_gpu_embedding_waits_on_the_host(bases, monkeypatch):   # noqa: F811
+def test_gpu_embedding_waits_on_the_host(bases, monkeypatch):
     monkeypatch.setattr('underdog.model.memory.HOST_SHARE', 0)
-    model = load_model(ModelConfig(str(bases['gemma2']), rank=4), 'cuda:0')
+    model = load_model(ModelConfig(str(bases['gemma2']), rank=4, quantization='none'), 'cuda:0')
     assert not model.backbone.get_input_embeddings().weight.is_cuda
     assert model(make_batch().to('cuda:0')).isfinite().all()
 
@@ -119,7 +120,7 @@ def test_bf16_without_units_for_it_is_refused(monkeypatch):
     "On a T4 (compute capability 7.5); from 8.0 it is what 'auto' takes."
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: (7, 5))
-    with pytest.raises(UserError, match='7.5.*set dtype=float16'): compute_dtype(ModelConfig('x', dtype='bfloat16'), 'cuda:0')
-    assert compute_dtype(ModelConfig('x'), 'cuda:0') == compute_dtype(ModelConfig('x', dtype='float16'), 'cuda:0') == torch.float16
+    with pytest.raises(UserError, match='7.5.*set dtype=float16'): compute_dtype(ModelConfig('x', dtype='bfloat16', quantization='none'), 'cuda:0')
+    assert compute_dtype(ModelConfig('x', quantization='none'), 'cuda:0') == compute_dtype(ModelConfig('x', dtype='float16', quantization='none'), 'cuda:0') == torch.float16
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: (8, 0))
-    assert compute_dtype(ModelConfig('x', dtype='bfloat16'), 'cuda:0') == compute_dtype(ModelConfig('x'), 'cuda:0') == torch.bfloat16
+    assert compute_dtype(ModelConfig('x', dtype='bfloat16', quantization='none'), 'cuda:0') == compute_dtype(ModelConfig('x', quantization='none'), 'cuda:0') == torch.bfloat16

@@ -7,41 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from fixtures import DECODERS, FAMILIES, family_config
 from safetensors.torch import load_file, save_file
 
 from underdog.model.merge import load_adapter, load_merged, merge, save_adapter
 from underdog.text.batch import Batch
-from underdog.core import UserError, quiet
+from underdog.core import UserError
+from underdog.machine import quiet
 from underdog.model.memory import blocks, recompute
 from underdog.model.model import ModelConfig, adapter_parameters, base_hash, head_parameters, layer_range, linear_layers, load_backbone, load_model, lora_targets
-
-FAMILIES = ('llama', 'mistral', 'gemma2', 'qwen2', 'deberta', 'bert')
-DECODERS = FAMILIES[:4]
-
-
-def family_config(family, **extra):
-    import transformers as tf
-    size = dict(vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0)
-    kind = dict(llama=tf.LlamaConfig, mistral=tf.MistralConfig, gemma2=tf.Gemma2Config, qwen2=tf.Qwen2Config, deberta=tf.DebertaV2Config, bert=tf.BertConfig)[family]
-    if family in DECODERS: size |= dict(num_key_value_heads=4, head_dim=16) if family == 'gemma2' else dict(num_key_value_heads=4)
-    if family == 'deberta':
-        size |= dict(relative_attention=True, pos_att_type=['p2c', 'c2p'], share_att_key=True, position_buckets=16, norm_rel_ebd='layer_norm',
-                     position_biased_input=False, type_vocab_size=0, max_position_embeddings=64)
-    return kind(**size | extra)
-
-
-@pytest.fixture(scope='session')
-def bases(tmp_path_factory):
-    "family -> folder of a tiny backbone."
-    from transformers import AutoModel
-    quiet()
-    root, made = tmp_path_factory.mktemp('bases'), {}
-    for family in FAMILIES:
-        torch.manual_seed(0)
-        AutoModel.from_config(family_config(family)).save_pretrained(root/family)
-        made[family] = root/family
-    return made
-
 
 def make_batch(head='pair', rows=2, seed=0, swapped=None, pad_left=0, pad_right=0):
     "A batch of `rows` rows with sequences of different lengths, padded on either side; `swapped` rows have their sequences exchanged (pair)."
@@ -87,7 +61,7 @@ def backward(model, batch):
 @pytest.mark.parametrize('head', ['pair', 'joint'])
 @pytest.mark.parametrize('family', FAMILIES)
 def test_only_lora_and_head_learn_and_in_fp32(bases, family, head):
-    model = load_model(ModelConfig(str(bases[family]), head=head, rank=4))
+    model = load_model(ModelConfig(str(bases[family]), head=head, rank=4, quantization='none'))
     backward(model, make_batch(head))
     learning = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert all('lora_' in n or n.startswith('head.') for n in learning)
@@ -116,7 +90,7 @@ def test_gradients_survive_an_evaluation(bases, family, quantization):
 @pytest.mark.parametrize('quantization', ['nf4', 'int8'])
 @pytest.mark.parametrize('family', ['mistral', 'qwen2', 'gemma2', 'deberta'])
 def test_quantized_is_near_the_full_model(bases, family, quantization):
-    cfg = ModelConfig(str(bases[family]), rank=4)
+    cfg = ModelConfig(str(bases[family]), rank=4, quantization='none')
     full, small = (logits_of(trained(replace(cfg, quantization=q)), make_batch()) for q in ('none', quantization))
     assert not torch.equal(full, small)   # it is quantized indeed
     assert (full - small).abs().max() < .25*full.abs().max() + .1
@@ -126,12 +100,12 @@ def test_quantized_is_near_the_full_model(bases, family, quantization):
 def test_every_layer_is_quantized(bases):
     for family in FAMILIES:
         modules = dict(load_backbone(ModelConfig(str(bases[family]), quantization='nf4')).named_modules())
-        assert {type(modules[n]).__name__ for n in linear_layers(load_backbone(ModelConfig(str(bases[family]))))} == {'Linear4bit'}
+        assert {type(modules[n]).__name__ for n in linear_layers(load_backbone(ModelConfig(str(bases[family]), quantization='none')))} == {'Linear4bit'}
 
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
 def test_half_precision_keeps_trainables_in_fp32(bases, dtype):
-    model = load_model(ModelConfig(str(bases['llama']), dtype=dtype, rank=4))
+    model = load_model(ModelConfig(str(bases['llama']), dtype=dtype, rank=4, quantization='none'))
     assert {p.dtype for p in adapter_parameters(model) + head_parameters(model)} == {torch.float32}
     assert next(p for p in model.backbone.parameters() if not p.requires_grad).dtype == getattr(torch, dtype)
     backward(model, make_batch())
@@ -140,7 +114,7 @@ def test_half_precision_keeps_trainables_in_fp32(bases, dtype):
 
 
 def test_attention_is_planned_and_gemma_has_no_softcap(bases):
-    used = {f: load_backbone(ModelConfig(str(bases[f]))).config for f in FAMILIES}
+    used = {f: load_backbone(ModelConfig(str(bases[f]), quantization='none')).config for f in FAMILIES}
     assert {f: c._attn_implementation for f, c in used.items()} == {f: 'eager' if f == 'deberta' else 'underdog' for f in FAMILIES}
     assert used['gemma2'].attn_logit_softcapping is None and not used['gemma2'].use_cache
 
@@ -157,15 +131,15 @@ def test_lora_is_wx_plus_scaled_bax(bases, quantization):
 
 
 def test_lora_changes_nothing_before_training(bases):
-    cfg = ModelConfig(str(bases['qwen2']))
+    cfg = ModelConfig(str(bases['qwen2']), quantization='none')
     assert torch.equal(logits_of(load_model(cfg), make_batch()), logits_of(load_model(cfg, lora=False), make_batch()))
 
 
 def test_targets_and_range(bases):
-    model = load_model(ModelConfig(str(bases['llama']), rank=4, targets='q_proj, v_proj', lora_layers='1:'))
+    model = load_model(ModelConfig(str(bases['llama']), rank=4, targets='q_proj, v_proj', lora_layers='1:', quantization='none'))
     names = {n.split('.lora_')[0].removeprefix('base_model.model.') for n, p in model.backbone.named_parameters() if p.requires_grad}
     assert names == {'layers.1.self_attn.q_proj', 'layers.1.self_attn.v_proj'}
-    bert = load_backbone(ModelConfig(str(bases['bert'])))
+    bert = load_backbone(ModelConfig(str(bases['bert']), quantization='none'))
     assert lora_targets(bert, 'attention.output.dense', ':1') == ['encoder.layer.0.attention.output.dense']
     assert [list(layer_range(t, 10)) for t in ('', '8:', '2:4', '-2:', ':1')] == [list(range(10)), [8, 9], [2, 3], [8, 9], [0]]
     for bad in ('2:1', '11:', ':12', '-11:', '3', 'a:b', ':0'):
@@ -173,7 +147,7 @@ def test_targets_and_range(bases):
 
 
 def test_seed_decides_the_start(bases):
-    a, b, c = (load_model(ModelConfig(str(bases['llama']), seed=s)) for s in (1, 1, 2))
+    a, b, c = (load_model(ModelConfig(str(bases['llama']), seed=s, quantization='none')) for s in (1, 1, 2))
     same = [torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters())]
     assert all(same) and a.head_source == 'seeded'
     assert not torch.equal(a.head.score.weight, c.head.score.weight)
@@ -186,7 +160,7 @@ def test_seed_decides_the_start(bases):
 @pytest.mark.parametrize('family', ['gemma2', 'deberta'])
 @pytest.mark.parametrize('n_classes', [2, 3])
 def test_pair_is_symmetric(bases, family, n_classes):
-    model = trained(ModelConfig(str(bases[family]), n_classes=n_classes, rank=4))
+    model = trained(ModelConfig(str(bases[family]), n_classes=n_classes, rank=4, quantization='none'))
     given, mixed = make_batch(rows=3), make_batch(rows=3, swapped=[True, False, True])
     torch.testing.assert_close(logits_of(model, mixed), logits_of(model, given), rtol=1e-5, atol=1e-6)   # the order shown does not matter
     exchanged = replace(given, **{k: getattr(given, k).roll(3, 0) for k in ('input_ids', 'attention_mask', 'pool_mask', 'read')})
@@ -198,14 +172,14 @@ def test_pair_is_symmetric(bases, family, n_classes):
 
 
 def test_pair_is_davidsons_model(bases):
-    model = trained(ModelConfig(str(bases['llama']), rank=4))
+    model = trained(ModelConfig(str(bases['llama']), rank=4, quantization='none'))
     a, b, tie = logits_of(model, make_batch()).T
     torch.testing.assert_close(tie, (a + b)/2 + model.head.tie.detach())
 
 
 @pytest.mark.parametrize('n_classes', [2, 3])
 def test_joint_maps_swapped_rows_back(bases, n_classes):
-    model, batch = trained(ModelConfig(str(bases['llama']), head='joint', n_classes=n_classes, rank=4)), make_batch('joint', rows=3)
+    model, batch = trained(ModelConfig(str(bases['llama']), head='joint', n_classes=n_classes, rank=4, quantization='none')), make_batch('joint', rows=3)
     shown = logits_of(model, batch)
     back = logits_of(model, replace(batch, swapped=torch.tensor([True, False, True])))
     swap = [1, 0, 2][:n_classes]
@@ -215,7 +189,7 @@ def test_joint_maps_swapped_rows_back(bases, n_classes):
 @pytest.mark.parametrize('head', ['pair', 'joint'])
 def test_right_padding_changes_nothing(bases, head):
     for family in FAMILIES:
-        model = trained(ModelConfig(str(bases[family]), head=head, rank=4))
+        model = trained(ModelConfig(str(bases[family]), head=head, rank=4, quantization='none'))
         for pooling in ('mean', 'read', 'last', 'first'):
             model.cfg = replace(model.cfg, pooling=pooling)
             torch.testing.assert_close(logits_of(model, make_batch(head, pad_right=5)), logits_of(model, make_batch(head)), rtol=1e-4, atol=1e-5)
@@ -223,7 +197,7 @@ def test_right_padding_changes_nothing(bases, head):
 
 @pytest.mark.parametrize('family', ['llama', 'mistral', 'gemma2', 'qwen2', 'deberta'])   # BERT counts positions from the left edge
 def test_left_padding_changes_nothing(bases, family):
-    model = trained(ModelConfig(str(bases[family]), rank=4))
+    model = trained(ModelConfig(str(bases[family]), rank=4, quantization='none'))
     for pooling in ('mean', 'last', 'first'):
         model.cfg = replace(model.cfg, pooling=pooling)
         left = logits_of(model, make_batch(pad_left=5))
@@ -232,9 +206,9 @@ def test_left_padding_changes_nothing(bases, family):
 
 
 def test_an_empty_pool_reads_the_last_token(bases):
-    model, batch = trained(ModelConfig(str(bases['llama']), rank=4)), make_batch()
+    model, batch = trained(ModelConfig(str(bases['llama']), rank=4, quantization='none')), make_batch()
     batch.pool_mask[0] = 0
-    read = logits_of(trained(ModelConfig(str(bases['llama']), rank=4, pooling='read')), batch)
+    read = logits_of(trained(ModelConfig(str(bases['llama']), rank=4, pooling='read', quantization='none')), batch)
     assert torch.allclose(logits_of(model, batch)[0, 0], read[0, 0])
 
 
@@ -252,14 +226,14 @@ def test_stored_head_gives_the_classifiers_logits(tmp_path, family, head):
     theirs.save_pretrained(tmp_path/'reward')
     batch = make_batch(head)
     with torch.no_grad(): want = theirs(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-    ours = load_model(ModelConfig(str(tmp_path/'reward'), head=head, rank=4))
+    ours = load_model(ModelConfig(str(tmp_path/'reward'), head=head, rank=4, quantization='none'))
     assert ours.head_source == 'checkpoint' and ours.cfg.pooling == ('last' if family in DECODERS else 'first')
     got = logits_of(ours, batch)
     # a score's bias cancels between the two answers
     torch.testing.assert_close(*((got, want) if head == 'joint' else (got[:, 0] - got[:, 1], (want[:2] - want[2:])[:, 0])), rtol=1e-4, atol=1e-5)
     save_adapter(ours, tmp_path/'adapter')
     assert torch.equal(logits_of(load_adapter(tmp_path/'adapter'), batch), got)
-    other = load_model(ModelConfig(str(tmp_path/'reward'), head='joint' if head == 'pair' else 'pair'))
+    other = load_model(ModelConfig(str(tmp_path/'reward'), head='joint' if head == 'pair' else 'pair', quantization='none'))
     assert other.head_source == 'seeded'   # of another shape: not used, and said so
 
 
@@ -291,7 +265,7 @@ def test_reload_in_a_fresh_process_gives_equal_logits(bases, tmp_path):
 @pytest.mark.parametrize('family', ['llama', 'bert', 'deberta'])
 @pytest.mark.parametrize('head', ['pair', 'joint'])
 def test_merged_gives_equal_logits(bases, tmp_path, family, head):
-    model, batch = trained(ModelConfig(str(bases[family]), head=head, rank=4)), make_batch(head)
+    model, batch = trained(ModelConfig(str(bases[family]), head=head, rank=4, quantization='none')), make_batch(head)
     save_adapter(model, tmp_path/'adapter')
     merged = load_merged(merge(tmp_path/'adapter', tmp_path/'merged'))
     torch.testing.assert_close(logits_of(merged, batch), logits_of(model, batch), rtol=1e-5, atol=1e-5)
@@ -299,7 +273,7 @@ def test_merged_gives_equal_logits(bases, tmp_path, family, head):
 
 
 def test_merged_keeps_the_first_layers_only(bases, tmp_path):
-    model, batch = trained(ModelConfig(str(bases['gemma2']), layers=1, rank=4)), make_batch()
+    model, batch = trained(ModelConfig(str(bases['gemma2']), layers=1, rank=4, quantization='none')), make_batch()
     assert len({i for i in linear_layers(load_backbone(model.cfg)).values()}) == 1
     save_adapter(model, tmp_path/'adapter')
     merged = load_merged(merge(tmp_path/'adapter', tmp_path/'merged'))
@@ -307,7 +281,7 @@ def test_merged_keeps_the_first_layers_only(bases, tmp_path):
 
 
 def test_adapter_of_rank_0_is_the_head_alone(bases, tmp_path):
-    model = trained(ModelConfig(str(bases['llama']), rank=0))
+    model = trained(ModelConfig(str(bases['llama']), rank=0, quantization='none'))
     assert not adapter_parameters(model)
     backward(model, make_batch())
     save_adapter(model, tmp_path/'adapter')
@@ -319,7 +293,7 @@ def test_adapter_of_rank_0_is_the_head_alone(bases, tmp_path):
 def test_base_hash_follows_content_not_place(bases, tmp_path):
     shutil.copytree(bases['llama'], tmp_path/'copy')
     assert base_hash(tmp_path/'copy') == base_hash(bases['llama']) != base_hash(bases['mistral'])
-    model = trained(ModelConfig(str(bases['llama']), rank=4))
+    model = trained(ModelConfig(str(bases['llama']), rank=4, quantization='none'))
     save_adapter(model, tmp_path/'adapter')
     weights = load_file(tmp_path/'copy'/'model.safetensors')
     save_file({k: v + 1 for k, v in weights.items()}, tmp_path/'copy'/'model.safetensors', metadata=dict(format='pt'))
@@ -330,7 +304,7 @@ def test_base_hash_follows_content_not_place(bases, tmp_path):
 @pytest.mark.parametrize('damage', ['head missing', 'head shape', 'head extra', 'lora missing', 'lora shape', 'head file', 'truncated'])
 def test_damaged_adapters_are_refused(bases, tmp_path, damage):
     folder = tmp_path/'adapter'
-    save_adapter(trained(ModelConfig(str(bases['llama']), rank=4)), folder)
+    save_adapter(trained(ModelConfig(str(bases['llama']), rank=4, quantization='none')), folder)
     file = next(f for f in folder.glob('*.safetensors') if ('head' in f.name) != damage.startswith('lora'))
     state = load_file(file)
     key = 'score.weight' if not damage.startswith('lora') else sorted(state)[0]
@@ -355,7 +329,7 @@ def test_missing_backbone_weights_are_named(bases, tmp_path):
 
 def test_folders_that_are_no_model(bases, tmp_path):
     def refused(match, **kwargs):
-        with pytest.raises(UserError, match=match): load_model(ModelConfig(str(tmp_path/'base'), **kwargs))
+        with pytest.raises(UserError, match=match): load_model(ModelConfig(str(tmp_path/'base'), **dict(quantization='none') | kwargs))
     refused('no such file or folder')
     (tmp_path/'base').mkdir()
     refused('no config.json')
@@ -377,13 +351,13 @@ def test_folders_that_are_no_model(bases, tmp_path):
 @pytest.mark.parametrize('wrong, match', [
     (dict(layers=3), 'has 2 layers'), (dict(lora_layers='1:5'), 'the model has 2 layers'), (dict(targets='q_prj'), 'self_attn.q_proj'), (dict(targets=','), 'no linear layer')])
 def test_settings_that_do_not_fit_the_model(bases, wrong, match):
-    with pytest.raises(UserError, match=match): load_model(ModelConfig(str(bases['llama']), **wrong))
+    with pytest.raises(UserError, match=match): load_model(ModelConfig(str(bases['llama']), **dict(quantization='none') | wrong))
 
 
 @pytest.mark.parametrize('wrong', [dict(head='pairs'), dict(quantization='int4'), dict(dtype='fp16'), dict(pooling='max'), dict(n_classes=4), dict(rank=-1), dict(alpha=0),
-                                   dict(dropout=1), dict(layers=0)])
+                                   dict(dropout=1), dict(layers=-1)])
 def test_settings_that_cannot_work(wrong):
-    with pytest.raises(UserError, match=next(iter(wrong))): ModelConfig('x', **wrong)
+    with pytest.raises(UserError, match=next(iter(wrong))): ModelConfig('x', **dict(quantization='none') | wrong)
 
 
 def test_odd_sizes_in_4_bit_on_a_cpu_are_refused(tmp_path):
@@ -397,26 +371,26 @@ def test_a_base_stored_in_4_bit(bases, tmp_path):
     from transformers import AutoModel, BitsAndBytesConfig
     stored = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
     AutoModel.from_pretrained(bases['llama'], quantization_config=stored, device_map={'': 'cpu'}).save_pretrained(tmp_path/'base')
-    with pytest.raises(UserError, match='set quantization=nf4'): load_model(ModelConfig(str(tmp_path/'base')))
+    with pytest.raises(UserError, match='set quantization=nf4'): load_model(ModelConfig(str(tmp_path/'base'), quantization='none'))
     small, stored = (trained(ModelConfig(str(p), quantization='nf4', rank=4)) for p in (bases['llama'], tmp_path/'base'))
     torch.testing.assert_close(logits_of(stored, make_batch()), logits_of(small, make_batch()), rtol=1e-4, atol=1e-5)   # our compute dtype, not the stored one
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a CUDA device')
 def test_liger_wants_a_gpu(bases):
-    with pytest.raises(UserError, match='its kernels are for GPUs'): load_model(ModelConfig(str(bases['llama']), liger=True))
+    with pytest.raises(UserError, match='its kernels are for GPUs'): load_model(ModelConfig(str(bases['llama']), liger=True, quantization='none'))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
 @pytest.mark.parametrize('family', DECODERS)
 def test_gpu_liger_gives_equal_logits(bases, family):
     pytest.importorskip('liger_kernel', reason='liger-kernel is not installed')
-    plain, fused = (load_model(ModelConfig(str(bases[family]), dtype='float32', liger=liger), 'cuda:0').eval() for liger in (False, True))
+    plain, fused = (load_model(ModelConfig(str(bases[family]), dtype='float32', liger=liger, quantization='none'), 'cuda:0').eval() for liger in (False, True))
     torch.testing.assert_close(logits_of(plain, make_batch().to('cuda:0')), logits_of(fused, make_batch().to('cuda:0')), rtol=1e-3, atol=1e-4)
 
 
 def test_cuda_without_a_device_is_refused(bases):
-    with pytest.raises(UserError, match='no CUDA device'): load_model(ModelConfig(str(bases['llama'])), 'cuda:0')
+    with pytest.raises(UserError, match='no CUDA device'): load_model(ModelConfig(str(bases['llama']), quantization='none'), 'cuda:0')
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')

@@ -7,16 +7,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_model import DECODERS, FAMILIES, bases, family_config, trained   # noqa: F401 (bases is a fixture)
+from fixtures import DECODERS, FAMILIES, family_config
+from test_model import trained
 
-from underdog.core import UserError, quiet
+from underdog.core import UserError
+from underdog.machine import quiet
 from underdog.model.head import exchange
+from underdog.text.heads import HEADS
 from underdog.text.layout import row_layout, sequences
 from underdog.model.model import ModelConfig, adapter_parameters, load_model
 from underdog.text.pack import pack, pack_bins, pack_windows, read_plan
 from underdog.text.source import RowSource, present, rank_share
 from underdog.model.predict import predict_both
-from underdog.training.loop import fitting
 
 PAIR, JOINT = dict(start=[1], middle=[2], end=[3]), dict(start=[1], label_a=[4], label_b=[5, 6], end=[3])
 FRAMES = dict(pair=PAIR, joint=JOINT, symmetric=PAIR | dict(ask=[8, 9]), combined=PAIR | dict(ask=[8, 9]))
@@ -26,7 +28,7 @@ segments = st.fixed_dictionaries(dict(prompt=ids, a=ids, b=ids))
 
 def prompter(head, read='last'):
     frame = FRAMES[head] | dict(read=read)
-    return SimpleNamespace(cfg=SimpleNamespace(head=head), frame=frame, frame_size=sum(len(x) for n, x in frame.items() if n != 'read'), read=read, pad_id=0)
+    return SimpleNamespace(head=HEADS[head], frame=frame, frame_size=sum(len(x) for n, x in frame.items() if n != 'read'), read=read, pad_id=0)
 
 
 def rows_of(n=6, seed=0, longest=14):
@@ -61,8 +63,8 @@ def equal_both_ways(model, packed, padded, rtol=1e-4, atol=5e-5):
 
 @pytest.mark.parametrize('head', ['pair', 'joint'])
 @pytest.mark.parametrize('family', FAMILIES)
-def test_packed_equals_padded(bases, family, head):   # noqa: F811
-    model, encoder = trained(ModelConfig(str(bases[family]), head=head, rank=4)), family not in DECODERS
+def test_packed_equals_padded(bases, family, head):
+    model, encoder = trained(ModelConfig(str(bases[family]), head=head, rank=4, quantization='none')), family not in DECODERS
     assert model.packing == ('bidirectional' if encoder else 'causal')
     packed, padded = both_ways(model, head, (False, True) if head == 'joint' else (False,), 'first' if encoder else 'last')
     assert packed.rows.tolist() == padded.rows.tolist() and packed.swapped.tolist() == padded.swapped.tolist()
@@ -72,8 +74,8 @@ def test_packed_equals_padded(bases, family, head):   # noqa: F811
 
 @pytest.mark.parametrize('pooling', ['mean', 'read', 'first', 'last'])
 @pytest.mark.parametrize('family', ['llama', 'deberta'])
-def test_packed_equals_padded_for_every_pooling(bases, family, pooling):   # noqa: F811
-    model = trained(ModelConfig(str(bases[family]), rank=4, pooling=pooling))
+def test_packed_equals_padded_for_every_pooling(bases, family, pooling):
+    model = trained(ModelConfig(str(bases[family]), rank=4, pooling=pooling, quantization='none'))
     equal_both_ways(model, *both_ways(model, 'pair'))
 
 
@@ -96,14 +98,14 @@ def odd_bases(tmp_path_factory):
 @pytest.mark.parametrize('name', ['llama_grouped', 'mistral_window', 'gemma2_window', 'qwen2_window', 'llama3_rope'])
 def test_grouped_queries_windows_and_scaled_positions(odd_bases, name):
     for head, orders in (('pair', (False,)), ('joint', (False, True))):
-        model = trained(ModelConfig(str(odd_bases[name]), head=head, rank=4))
+        model = trained(ModelConfig(str(odd_bases[name]), head=head, rank=4, quantization='none'))
         equal_both_ways(model, *both_ways(model, head, orders, longest=30))
 
 
 @pytest.mark.parametrize('name', ['mistral_window', 'gemma2_window', 'qwen2_window'])
-def test_the_window_matters(odd_bases, bases, name):   # noqa: F811
+def test_the_window_matters(odd_bases, bases, name):
     "A window of 6 tokens changes the result: the test above does not pass because it is ignored on both sides."
-    cfg = ModelConfig(str(odd_bases[name]), rank=4)
+    cfg = ModelConfig(str(odd_bases[name]), rank=4, quantization='none')
     model = trained(cfg)
     packed, _ = both_ways(model, 'pair', longest=30)
     with torch.no_grad():
@@ -117,21 +119,21 @@ def test_the_window_matters(odd_bases, bases, name):   # noqa: F811
 
 @pytest.mark.parametrize('dtype, tolerance', [('bfloat16', 6e-2), ('float16', 1e-2)])
 @pytest.mark.parametrize('family', ['llama', 'gemma2', 'bert'])
-def test_half_precision(bases, family, dtype, tolerance):   # noqa: F811
-    model = trained(ModelConfig(str(bases[family]), rank=4, dtype=dtype))
+def test_half_precision(bases, family, dtype, tolerance):
+    model = trained(ModelConfig(str(bases[family]), rank=4, dtype=dtype, quantization='none'))
     packed, padded = both_ways(model, 'pair')
     with torch.no_grad(): torch.testing.assert_close(model(packed), model(padded), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize('quantization', ['nf4', 'int8'])
-def test_quantized(bases, quantization):   # noqa: F811
+def test_quantized(bases, quantization):
     model = trained(ModelConfig(str(bases['llama']), rank=4, quantization=quantization, int8_threshold=0.))
     equal_both_ways(model, *both_ways(model, 'pair'), rtol=1e-3, atol=1e-3)
 
 
-def test_packing_does_not_change_a_row(bases):   # noqa: F811
+def test_packing_does_not_change_a_row(bases):
     "A row's logits do not depend on what lies beside it."
-    model, source = trained(ModelConfig(str(bases['qwen2']), rank=4)), RowSource(rows_of(), prompter('pair'), 'causal')
+    model, source = trained(ModelConfig(str(bases['qwen2']), rank=4, quantization='none')), RowSource(rows_of(), prompter('pair'), 'causal')
     with torch.no_grad():
         together, alone = model(source.batch([(r, False) for r in range(6)])), torch.cat([model(source.batch([(r, False)])) for r in range(6)])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
@@ -141,8 +143,8 @@ def test_packing_does_not_change_a_row(bases):   # noqa: F811
 
 @pytest.mark.parametrize('head', ['symmetric', 'combined'])
 @pytest.mark.parametrize('family', DECODERS)
-def test_symmetric_heads_cannot_have_an_order_bias(bases, family, head):   # noqa: F811
-    model, rows = trained(ModelConfig(str(bases[family]), head=head, rank=4)), rows_of()
+def test_symmetric_heads_cannot_have_an_order_bias(bases, family, head):
+    model, rows = trained(ModelConfig(str(bases[family]), head=head, rank=4, quantization='none')), rows_of()
     mirror = datasets.Dataset.from_list([dict(prompt=r['prompt'], a=r['b'], b=r['a']) for r in rows])
     with torch.no_grad():
         given_, exchanged = (model(RowSource(x, prompter(head), 'causal').batch([(r, False) for r in range(6)])) for x in (rows, mirror))
@@ -153,17 +155,17 @@ def test_symmetric_heads_cannot_have_an_order_bias(bases, family, head):   # noq
 
 @pytest.mark.parametrize('name', ['mistral_window', 'llama3_rope'])
 def test_symmetric_with_windows_and_scaled_positions(odd_bases, name):
-    model, rows = trained(ModelConfig(str(odd_bases[name]), head='symmetric', rank=4)), rows_of(longest=30)
+    model, rows = trained(ModelConfig(str(odd_bases[name]), head='symmetric', rank=4, quantization='none')), rows_of(longest=30)
     mirror = datasets.Dataset.from_list([dict(prompt=r['prompt'], a=r['b'], b=r['a']) for r in rows])
     with torch.no_grad():
         given_, exchanged = (model(RowSource(x, prompter('symmetric'), 'causal').batch([(r, False) for r in range(6)])) for x in (rows, mirror))
     torch.testing.assert_close(exchange(exchanged), given_, rtol=1e-4, atol=1e-5)
 
 
-def test_a_read_out_sees_the_second_answer_as_if_it_followed_the_first(bases):   # noqa: F811
+def test_a_read_out_sees_the_second_answer_as_if_it_followed_the_first(bases):
     "With one layer, keys do not depend on what their token saw: the first read-out's state is that of the plain text prompt, A, B, ask."
     from underdog.model.model import load_backbone
-    cfg, row = ModelConfig(str(bases['llama']), head='symmetric', layers=1, rank=4), rows_of()[4]
+    cfg, row = ModelConfig(str(bases['llama']), head='symmetric', layers=1, rank=4, quantization='none'), rows_of()[4]
     model, frame = load_model(cfg), FRAMES['symmetric']
     text = [1, *row['prompt'], 2, *row['a'], 3, *row['b'], 3, 8, 9]
     with torch.no_grad():
@@ -172,14 +174,14 @@ def test_a_read_out_sees_the_second_answer_as_if_it_followed_the_first(bases):  
     torch.testing.assert_close(states[0], plain, rtol=1e-4, atol=1e-5)
 
 
-def test_combined_starts_as_pair(bases):   # noqa: F811
-    rows, models = rows_of(), [load_model(ModelConfig(str(bases['llama']), head=h, rank=4)) for h in ('pair', 'combined')]
+def test_combined_starts_as_pair(bases):
+    rows, models = rows_of(), [load_model(ModelConfig(str(bases['llama']), head=h, rank=4, quantization='none')) for h in ('pair', 'combined')]
     with torch.no_grad(): pair, combined = (m(RowSource(rows, prompter(h), 'causal').batch([(r, False) for r in range(6)])) for m, h in zip(models, ('pair', 'combined')))
     torch.testing.assert_close(pair, combined, rtol=1e-4, atol=1e-6)
 
 
-def test_symmetric_wants_a_decoder(bases):   # noqa: F811
-    with pytest.raises(UserError, match="use head='pair'"): load_model(ModelConfig(str(bases['bert']), head='symmetric'))
+def test_symmetric_wants_a_decoder(bases):
+    with pytest.raises(UserError, match="use head='pair'"): load_model(ModelConfig(str(bases['bert']), head='symmetric', quantization='none'))
 
 
 # ---- plans
@@ -204,9 +206,9 @@ def test_layouts_hold_the_sequences(rows, head, data):
             assert sorted(text[t] for t in batch.pool[batch.pool_of == j].tolist()) == sorted(expected.ids[slice(*expected.pool)])
 
 
-def test_the_last_layer_is_computed_only_where_it_is_read(bases):   # noqa: F811
+def test_the_last_layer_is_computed_only_where_it_is_read(bases):
     from torch.utils.flop_counter import FlopCounterMode
-    model, source = load_model(ModelConfig(str(bases['llama']), rank=4, pooling='read')), RowSource(rows_of(longest=40), prompter('pair'), 'causal')
+    model, source = load_model(ModelConfig(str(bases['llama']), rank=4, pooling='read', quantization='none')), RowSource(rows_of(longest=40), prompter('pair'), 'causal')
     batch, layer = source.batch([(r, False) for r in range(6)]), model.backbone.get_base_model().layers[-1]
     def count(run):
         with torch.no_grad(), FlopCounterMode(display=False) as counter: result = run()
@@ -261,8 +263,8 @@ def test_micro_batches_hold_every_presentation_once(head, orders):
         for b in batches: assert b.padded <= 90 or len(set(b.rows.tolist())) == 1
 
 
-def test_both_orders_at_once_are_the_two_orders(bases):   # noqa: F811
-    model, rows = trained(ModelConfig(str(bases['llama']), head='joint', rank=4)), np.arange(6)
+def test_both_orders_at_once_are_the_two_orders(bases):
+    model, rows = trained(ModelConfig(str(bases['llama']), head='joint', rank=4, quantization='none')), np.arange(6)
     for packing in ('causal', ''):
         source = RowSource(rows_of(), prompter('joint'), packing)
         got = predict_both(model, source, rows, budget=64)
@@ -272,14 +274,16 @@ def test_both_orders_at_once_are_the_two_orders(bases):   # noqa: F811
         np.testing.assert_allclose(predict_both(model, mirror, rows, budget=64)['both'][:, [1, 0, 2]], got['both'], rtol=1e-4, atol=1e-6)   # the law of TTA
 
 
-def test_memory_that_runs_out_is_a_smaller_batch_not_another_result(bases, monkeypatch, capsys):   # noqa: F811
+def test_memory_that_runs_out_is_a_smaller_batch_not_another_result(bases, monkeypatch, capsys):
     from accelerate import Accelerator
 
-    from underdog.training.loop import FitData, TrainConfig, Training, fit
+    from underdog.training.loop import fit
+    from underdog.training.settings import TrainConfig
+    from underdog.training.step import FitData, Training
     y = np.eye(3)[[0, 1, 2, 0, 1, 2]]
     def run(limit):
         torch.manual_seed(0)
-        model = load_model(ModelConfig(str(bases['llama']), rank=4))
+        model = load_model(ModelConfig(str(bases['llama']), rank=4, quantization='none'))
         forward = model.forward
         def small_card(batch):
             if batch.tokens > limit: raise torch.OutOfMemoryError('as a GPU would')
@@ -291,4 +295,13 @@ def test_memory_that_runs_out_is_a_smaller_batch_not_another_result(bases, monke
     free, tight = run(10**6), run(70)
     assert 'out of memory with 128 tokens in a forward pass: 64 from now on' in capsys.readouterr().out
     for a, b in zip(free, tight): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
-    with pytest.raises(UserError, match='checkpointing=all'): fitting([], 100, lambda b: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    with pytest.raises(UserError, match='checkpointing=all'): run(0)
+
+
+@pytest.mark.parametrize('orders', ['random', 'both', 'given'])
+@pytest.mark.parametrize('head', [h for h in HEADS if len(HEADS[h].orders) == 1])
+def test_a_symmetric_head_is_trained_on_rows_as_given(bases, head, orders):
+    "Its layout has no order, so nothing may be exchanged on the way out: with `orders` random the labels of half the rows were."
+    model, source, rng = trained(ModelConfig(str(bases['llama']), head=head, rank=4, quantization='none')), RowSource(rows_of(), prompter(head), 'causal'), np.random.default_rng(0)
+    shown = present(list(range(6)), orders, head, rng)
+    with torch.no_grad(): torch.testing.assert_close(model(source.batch(shown)), model(source.batch([(row, False) for row in range(6)])))

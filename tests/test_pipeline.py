@@ -1,5 +1,4 @@
 "The whole job with tiny models: kernels under papermill, precisions, heads, one and two processes, bad runs."
-import os
 import socket
 import subprocess
 import sys
@@ -9,46 +8,22 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from conftest import slow
-from test_model import family_config
-from test_prompt import CHATML, make_tokenizer
+from fixtures import predictions, small_run
 
-from underdog.inference.blend import check_submission
+from underdog.data.submission import check_submission
 from underdog.data.competition import LMSYS
-from underdog.core import RunFolder, UserError, read_json, write_json
-from underdog.data.rows import read_rows, swap_probs, swap_rows, write_rows
-from underdog.inference.job import infer
+from underdog.core import UserError, read_json, write_json
+from underdog.runfolder import RunFolder, columns
+from underdog.data.folds import swap_probs, swap_rows
+from underdog.data.rows import read_rows, write_rows
 from underdog.kernels import find_kernel, kernel_parameters, run_kernel
-from underdog.training.worker import same_everywhere, train
+from underdog.training.run import train
+from underdog.training.worker import same_everywhere
 from underdog.model.model import ModelConfig
-from underdog.training.prepare import columns
 from underdog.text.prompt import PromptConfig, Prompter
-from underdog.data.sample import write_sample
-from underdog.training.loop import TrainConfig
 
 P = ['p_a', 'p_b', 'p_tie']
-
-
-@pytest.fixture(scope='session')
-def world(tmp_path_factory):
-    "A folder with a small generated competition and tiny base models with tokenizers."
-    root = tmp_path_factory.mktemp('world')
-    os.environ['UNDERDOG_CACHE'] = str(root/'cache')
-    write_sample(root, n_train=60, n_test=20)
-    from transformers import AutoModel
-    for family in ('llama', 'bert', 'deberta'):
-        torch.manual_seed(0)
-        AutoModel.from_config(family_config(family, vocab_size=512, max_position_embeddings=256)).save_pretrained(root/family)
-        make_tokenizer(root/family, CHATML if family == 'llama' else None, encoder=family != 'llama', whitespace=family == 'deberta')
-    return root
-
-
-def small_run(world, out, family='llama', head='pair', quantization='none', processes=1, machines=1, rendezvous='', session=None, **cfg):
-    base = str(world/family)
-    settings = dict(n_folds=3, lr=1e-2, head_lr=1e-2, batch_rows=8) | cfg
-    return train(out, world/'train.csv', ModelConfig(base, head=head, quantization=quantization, rank=4, dropout=0.), PromptConfig(base, head=head, max_length=128, min_keep=4),
-                 TrainConfig(**settings), processes=processes, machines=machines, rendezvous=rendezvous, **session or {})
 
 
 def probabilities(table, prefix='p'): return table[[f'{prefix}_{c}' for c in LMSYS.classes]].to_numpy()
@@ -79,20 +54,16 @@ def test_precisions_heads_and_backbones_train_and_obey_the_law_of_tta(world, tmp
     assert np.isfinite(metrics['loss'].dropna()).all() and (metrics['grad_norm'].dropna() > 0).all()
     rows, _ = read_rows(world/'test.csv', labelled=False)
     write_rows(tmp_path/'swapped.csv', swap_rows(rows), LMSYS)
-    there, back = infer(run.path, world/'test.csv', tmp_path/'o1'), infer(run.path, tmp_path/'swapped.csv', tmp_path/'o2')
+    there, back = predictions(run.path, world/'test.csv', tmp_path/'o1'), predictions(run.path, tmp_path/'swapped.csv', tmp_path/'o2')
     assert there['id'].tolist() == rows['id'].tolist()
     tolerance = 2e-2 if quantization == 'int8' else 1e-5   # int8 rounds by the largest value of a batch, which depends on the order
     np.testing.assert_allclose(probabilities(there), swap_probs(probabilities(back)), atol=tolerance)
     np.testing.assert_allclose(probabilities(there).sum(1), 1)
 
 
-@pytest.fixture(scope='session')
-def finished(world, tmp_path_factory): return small_run(world, tmp_path_factory.mktemp('finished')/'run')
-
-
 def test_two_processes_make_the_run_of_one(world, finished, tmp_path):
     "Under gloo with two processes, losses and held-out predictions equal those of a single process: rows are weighted, not batches."
-    one, two = finished, small_run(world, tmp_path/'run', processes=2)
+    one, two = finished, small_run(world, tmp_path/'run', session=dict(processes=2))
     np.testing.assert_allclose(one.metrics()['loss'].dropna(), two.metrics()['loss'].dropna(), atol=2e-4)
     np.testing.assert_allclose(pd.read_parquet(one.oof_file)[P], pd.read_parquet(two.oof_file)[P], atol=2e-3)
     assert '2 process(es)' in (two.path/'train.log').read_text()
@@ -104,7 +75,7 @@ def test_two_machines_make_the_run_of_one(world, finished, tmp_path):
         s.bind(('127.0.0.1', 0))
         meet = f'127.0.0.1:{s.getsockname()[1]}'
     with ThreadPoolExecutor() as pool:
-        one, two = pool.map(lambda n: small_run(world, tmp_path/f'machine{n}', machines=2, rendezvous=meet), (1, 2))
+        one, two = pool.map(lambda n: small_run(world, tmp_path/f'machine{n}', session=dict(machines=2, rendezvous=meet)), (1, 2))
     for run in (one, two):
         np.testing.assert_allclose(finished.metrics()['loss'].dropna(), run.metrics()['loss'].dropna(), atol=2e-4)
         np.testing.assert_allclose(pd.read_parquet(finished.oof_file)[P], pd.read_parquet(run.oof_file)[P], atol=2e-3)
@@ -117,7 +88,7 @@ def test_machines_with_different_settings_are_refused(world, finished, tmp_path)
     other = dict(finished.config, train=finished.config['train'] | dict(lr=.5), base_hash='another')
     same_everywhere([finished.config, finished.config])
     with pytest.raises(UserError, match='do not train the same: base_hash, lr differ'): same_everywhere([finished.config, other])
-    with pytest.raises(UserError, match='10.0.0.5:29500'): small_run(world, tmp_path/'run', machines=2)
+    with pytest.raises(UserError, match='10.0.0.5:29500'): small_run(world, tmp_path/'run', session=dict(machines=2))
 
 
 def test_little_memory_makes_the_same_run(world, finished, tmp_path):
@@ -132,7 +103,7 @@ def test_training_from_the_floors_begins_at_the_floor_and_infers_with_it(world, 
     "The first loss is that of the best floor on the first rows; held-out rows predicted as a test file give the held-out probabilities."
     run = small_run(world, tmp_path/'run', quantization='nf4', start='floors', probe_rows=0)   # a probe would begin elsewhere
     rows, best = pd.read_parquet(run.path/'rows.parquet'), run.config['best_floor']
-    from underdog.training.loop import row_order, split_steps
+    from underdog.training.schedule import row_order, split_steps
     first = np.flatnonzero(~rows['held'])[split_steps(row_order((~rows['held']).sum(), 1, 0), 8)[0]]
     y, p = (rows.iloc[first][columns(x, LMSYS)].to_numpy() for x in ('y', f'floor_{best}'))
     assert run.metrics()['loss'].iloc[0] == pytest.approx(-(y*np.log(p)).sum(1).mean(), abs=2e-2)
@@ -140,14 +111,13 @@ def test_training_from_the_floors_begins_at_the_floor_and_infers_with_it(world, 
     held = df[rows['held'].to_numpy()].reset_index(drop=True)
     write_rows(tmp_path/'held.csv', held, LMSYS)
     oof = pd.read_parquet(run.oof_file).set_index('id').loc[held['id']]
-    np.testing.assert_allclose(probabilities(infer(run.path, tmp_path/'held.csv', tmp_path/'out')), oof[P], atol=1e-4)
+    np.testing.assert_allclose(probabilities(predictions(run.path, tmp_path/'held.csv', tmp_path/'out')), oof[P], atol=1e-4)
 
 
 def test_training_ids_are_inference_ids(world):
     "The tokens that training stored for a row are those that a prompter rebuilt from the run's config makes."
     df, _ = read_rows(world/'train.csv')
-    cfg = PromptConfig(str(world/'llama'), max_length=128)
-    labelled, bare = Prompter(cfg), Prompter(cfg)
+    labelled, bare = (Prompter(PromptConfig(max_length=128), str(world/'llama')) for _ in range(2))
     for i in range(len(df)): assert labelled.segments(df.iloc[i]) == bare.segments(df.drop(columns=list(LMSYS.classes)).iloc[i])
 
 
@@ -156,17 +126,17 @@ def test_a_run_of_another_template_or_base_is_refused(world, finished, tmp_path,
     config = finished.config
     write_json(finished.config_file, config | change)
     try:
-        with pytest.raises(UserError, match=message): infer(finished.path, world/'test.csv', tmp_path/'out')
+        with pytest.raises(UserError, match=message): predictions(finished.path, world/'test.csv', tmp_path/'out')
     finally: write_json(finished.config_file, config)
     assert not (tmp_path/'out').exists()
 
 
 def test_bad_input_stops_before_the_subprocess(world, finished, tmp_path):
-    with pytest.raises(UserError, match='no such file'): infer(finished.path, tmp_path/'none.csv', tmp_path/'out')
-    with pytest.raises(UserError, match='not a run folder'): infer(world, world/'test.csv', tmp_path/'out')
-    with pytest.raises(UserError, match='winner_'): train(tmp_path/'run', world/'test.csv', ModelConfig(str(world/'llama')))
+    with pytest.raises(UserError, match='no such file'): predictions(finished.path, tmp_path/'none.csv', tmp_path/'out')
+    with pytest.raises(UserError, match='not a run folder'): predictions(world, world/'test.csv', tmp_path/'out')
+    with pytest.raises(UserError, match='winner_'): train(world/'test.csv', ModelConfig(str(world/'llama'), quantization='none'), tmp_path/'run')
     (tmp_path/'empty').mkdir()
-    with pytest.raises(UserError): train(tmp_path/'run', world/'train.csv', ModelConfig(str(tmp_path/'empty')))
+    with pytest.raises(UserError): train(world/'train.csv', ModelConfig(str(tmp_path/'empty'), quantization='none'), tmp_path/'run')
     assert not (tmp_path/'run').exists() and not (tmp_path/'out').exists()
 
 

@@ -70,7 +70,7 @@ def test_bytes_kept_are_those_that_are_counted(tmp_path, change, dtype, size):
     LlamaModel(LlamaConfig(**dict(vocab_size=256, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=64) | change)).save_pretrained(tmp_path)
     seg = {k: torch.randint(4, 256, (n,)).tolist() for k, n in dict(prompt=120, a=300, b=300).items()}
     batch = pack([row_layout(dict(start=[1], middle=[2], end=[3]), seg, 'pair')]*3, range(3), [False]*3)
-    counted = saved_bytes(load_model(ModelConfig(str(tmp_path), rank=8, alpha=8., dtype=dtype)), batch)[1]/batch.tokens
+    counted = saved_bytes(load_model(ModelConfig(str(tmp_path), rank=8, alpha=8., dtype=dtype, quantization='none')), batch)[1]/batch.tokens
     assert abs(kept_bytes(model_shape(tmp_path), 8, 420, size)/counted - 1) < .06
 
 

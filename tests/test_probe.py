@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 import torch
 
-from underdog.inference.blend import log_loss
-from underdog.data.rows import swap_probs
+from underdog.data.metrics import log_loss
+from underdog.data.folds import swap_probs
 from underdog.training.probe import fit_probe
 from underdog.data.sample import davidson
 

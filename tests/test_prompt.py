@@ -8,14 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fixtures import CHATML, SPECIAL, make_tokenizer
+
 from underdog.core import UserError
 from underdog.text.layout import sequences
-from underdog.text.prompt import (PromptConfig, Prompter, cut_middle, cut_report, encode_texts, fit_turns, load_tokenizer, newline_sign, pieces, share_room, show,
-                             sign_newlines, tokenize_rows)
+from underdog.text.prompt import PromptConfig, Prompter, cut_middle, cut_report, encode_texts, fit_turns, load_tokenizer, newline_sign, pieces, share_room, show_row, sign_newlines, tokenize_rows
 
 # The format facts of each family, in the smallest template that has them
-CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 DEFAULT = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant named Someone, trained by somebody.<|im_end|>\n{% endif %}"
 TEMPLATES = {
     'llama3': ("{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] | trim }}<|eot_id|>"
@@ -32,28 +31,6 @@ TEMPLATES = {
     'smollm2': DEFAULT + CHATML,
     'plainchatml': CHATML,
 }
-SPECIAL = ['<pad>', '<s>', '</s>', '<|im_start|>', '<|im_end|>', '<|start_header_id|>', '<|end_header_id|>', '<|eot_id|>', '[INST]', '[/INST]', '<start_of_turn>',
-           '<end_of_turn>']
-TEXTS = ['What is the capital of France? It is Paris.', 'Which response is better: A, B, or are they equally good?', 'def f(x):\n    return x + 1\n\nDone.',
-         'user assistant model system Prompt Response']
-
-
-def make_tokenizer(folder, chat_template=None, pad=True, encoder=False, whitespace=False):
-    "A tiny byte-level BPE; `encoder` gives it [CLS] and [SEP], `whitespace` makes it lose newlines as DeBERTa does."
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-    tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    if whitespace: tok.normalizer = normalizers.Replace('\n', ' ')
-    special = ['[PAD]', '[CLS]', '[SEP]'] if encoder else SPECIAL
-    tok.train_from_iterator(TEXTS*3, trainers.BpeTrainer(vocab_size=420, special_tokens=special, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    names = dict(cls_token='[CLS]', sep_token='[SEP]', pad_token='[PAD]') if encoder else dict(bos_token='<s>', eos_token='</s>', **(dict(pad_token='<pad>') if pad else {}))
-    fast = PreTrainedTokenizerFast(tokenizer_object=tok, **names)
-    fast.chat_template = chat_template
-    fast.save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture(scope='session')
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp('tokenizers')
@@ -66,9 +43,9 @@ def folders(tmp_path_factory):
 def prompters(folders):
     cache = {}
 
-    def get(name, **kw):
-        key = (name, *sorted(kw.items()))
-        if key not in cache: cache[key] = Prompter(PromptConfig(folders[name], **kw))
+    def get(name, head='pair', **kw):
+        key = (name, head, *sorted(kw.items()))
+        if key not in cache: cache[key] = Prompter(PromptConfig(**kw), folders[name], head)
         return cache[key]
     return get
 
@@ -107,12 +84,12 @@ def test_cut_rows_obey_the_laws(prompters, kind, prompt, a, b, length, share):
 @settings(max_examples=200, deadline=None)
 @given(p=st.integers(0, 300), a=st.integers(0, 300), b=st.integers(0, 300), room=st.integers(16, 400), head=st.sampled_from(['pair', 'joint']), share=st.floats(0, .99))
 def test_room_is_shared_and_none_is_wasted(p, a, b, room, head, share):
-    kp, ka, kb = share_room(p, a, b, room, head, share, 8)
+    kp, ka, kb = share_room(p, a, b, room, head == 'joint', share, 8)
     used = kp + (ka + kb if head == 'joint' else max(ka, kb))
     whole = p + (a + b if head == 'joint' else max(a, b))
     assert used <= room and used >= min(whole, room - 1)     # one odd token may be left over between A and B
     assert 0 <= kp <= p and min(a, 8) <= ka <= a and min(b, 8) <= kb <= b
-    assert share_room(p, b, a, room, head, share, 8) == (kp, kb, ka)
+    assert share_room(p, b, a, room, head == 'joint', share, 8) == (kp, kb, ka)
     if whole > room: assert kp >= min(p, int(share*room), room - 16)
 
 
@@ -133,8 +110,8 @@ def test_the_end_of_a_prompt_and_both_ends_of_an_answer_stay():
 
 def test_turns_are_marked_when_there_are_several(prompters):
     prompter = prompters('base', max_length=2000)
-    text = show(prompter, dict(prompt=['Hi', 'More'], response_a=['Yes', 'ok'], response_b=['No', 'bad']))
-    assert '[Turn 1]' in text and '[Turn 2]' in text and '[Turn' not in show(prompter, row())
+    text = show_row(prompter, dict(prompt=['Hi', 'More'], response_a=['Yes', 'ok'], response_b=['No', 'bad']))
+    assert '[Turn 1]' in text and '[Turn 2]' in text and '[Turn' not in show_row(prompter, row())
 
 
 @pytest.mark.parametrize('name', TEMPLATES)
@@ -157,13 +134,13 @@ def test_chat_templates(prompters, name, head):
 
 
 def test_a_template_that_prints_the_date_has_one_hash(folders, prompters):
-    assert Prompter(PromptConfig(folders['llama31'])).frame == prompters('llama31').frame and '26 Jul 2024' in show(prompters('llama31'), row())
+    assert Prompter(PromptConfig(), folders['llama31']).frame == prompters('llama31').frame and '26 Jul 2024' in show_row(prompters('llama31'), row())
 
 
 def test_a_broken_template_is_the_users_to_mend(tmp_path):
     for i, template in enumerate(("{{ raise_exception('no') }}", "{{ messages[0]['content'] }}", "{% for m in messages %}")):
-        with pytest.raises(UserError, match="template='plain'"): Prompter(PromptConfig(make_tokenizer(tmp_path/str(i), template)))
-    assert Prompter(PromptConfig(str(tmp_path/'0'), template='plain')).template == 'plain'
+        with pytest.raises(UserError, match="template='plain'"): Prompter(PromptConfig(), make_tokenizer(tmp_path/str(i), template))
+    assert Prompter(PromptConfig(template='plain'), str(tmp_path/'0')).template == 'plain'
 
 
 def test_plain_frames(prompters):
@@ -253,7 +230,7 @@ def test_the_hash_knows_what_changes_ids_and_nothing_else(folders, prompters, tm
     settings_file = tmp_path/'moved'/'tokenizer_config.json'
     config = json.loads(settings_file.read_text())
     settings_file.write_text(json.dumps(config | dict(name_or_path='/somewhere', transformers_version='9.9')))
-    moved = Prompter(PromptConfig(str(tmp_path/'moved')))
+    moved = Prompter(PromptConfig(), str(tmp_path/'moved'))
     assert (moved.template_hash, moved.tokenizer_hash) == (base, prompters('smollm2').tokenizer_hash)
     others = [prompters('smollm2', **kw).template_hash for kw in (dict(max_length=512), dict(head='joint'), dict(template='plain'), dict(prompt_share=.3), dict(min_keep=9),
                                                                    dict(head='joint', question='Who wins?'))]
@@ -263,7 +240,7 @@ def test_the_hash_knows_what_changes_ids_and_nothing_else(folders, prompters, tm
 @pytest.mark.parametrize('head', ['pair', 'joint'])
 def test_show_has_everything(prompters, head):
     for swapped in (False, True):
-        text = show(prompters('smollm2', head=head), row(a='First one', b='Second one'), swapped)
+        text = show_row(prompters('smollm2', head=head), row(a='First one', b='Second one'), swapped)
         assert 'France' in text and 'First one' in text and 'Second one' in text and '<|im_start|>' in text
         assert (text.index('First one') > text.index('Second one')) == swapped
 
@@ -284,21 +261,21 @@ def test_texts_may_be_null_strings_or_arrays(prompters):
 
 
 def test_mistakes_say_how_to_mend_them(folders, prompters, tmp_path):
-    with pytest.raises(UserError, match='no such file or folder'): Prompter(PromptConfig(str(tmp_path/'nowhere')))
-    with pytest.raises(UserError, match='no tokenizer files'): Prompter(PromptConfig(str(tmp_path)))
-    with pytest.raises(UserError, match='no folder given'): Prompter(PromptConfig(''))
+    with pytest.raises(UserError, match='no such file or folder'): Prompter(PromptConfig(), str(tmp_path/'nowhere'))
+    with pytest.raises(UserError, match='no tokenizer files'): Prompter(PromptConfig(), str(tmp_path))
+    with pytest.raises(UserError, match='no folder given'): Prompter(PromptConfig(), '')
     (tmp_path/'tokenizer.json').write_text('{"broken')
-    with pytest.raises(UserError, match='cannot be read'): Prompter(PromptConfig(str(tmp_path)))
-    with pytest.raises(UserError, match='no chat template'): Prompter(PromptConfig(folders['base'], template='chat'))
-    with pytest.raises(UserError, match='use at least') as e: Prompter(PromptConfig(folders['smollm2'], max_length=10))
+    with pytest.raises(UserError, match='cannot be read'): Prompter(PromptConfig(), str(tmp_path))
+    with pytest.raises(UserError, match='no chat template'): Prompter(PromptConfig(template='chat'), folders['base'])
+    with pytest.raises(UserError, match='use at least') as e: Prompter(PromptConfig(max_length=10), folders['smollm2'])
     need = int(str(e.value).split('use at least ')[1])
-    assert Prompter(PromptConfig(folders['smollm2'], max_length=need)).room == 16
-    with pytest.raises(UserError, match='use at least'): Prompter(PromptConfig(folders['smollm2'], max_length=need - 1))
+    assert Prompter(PromptConfig(max_length=need), folders['smollm2']).room == 16
+    with pytest.raises(UserError, match='use at least'): Prompter(PromptConfig(max_length=need - 1), folders['smollm2'])
     with pytest.raises(UserError, match='lacks response_b'): prompters('base').segments(dict(prompt=['a'], response_a=['b']))
     with pytest.raises(UserError, match='lack'): tokenize_rows(pd.DataFrame(dict(id=[1])), prompters('base'), tmp_path)
     with pytest.raises(UserError, match='no rows'): tokenize_rows(pd.DataFrame([row(id=1)]).iloc[:0], prompters('base'), tmp_path)
-    for bad in (dict(head='both'), dict(template='jinja'), dict(prompt_share=1.), dict(min_keep=0), dict(max_length=0)):
-        with pytest.raises(UserError): PromptConfig('x', **bad)
+    for bad in (dict(template='jinja'), dict(prompt_share=1.), dict(min_keep=0), dict(max_length=0)):
+        with pytest.raises(UserError): PromptConfig(**bad)
 
 
 def test_pieces_are_what_the_sequences_are_made_of(prompters):
@@ -310,7 +287,7 @@ def test_pieces_are_what_the_sequences_are_made_of(prompters):
 @pytest.mark.parametrize('head', ['pair', 'joint'])
 def test_real_rows_and_the_real_deberta_tokenizer(shared_data, tmp_path, head):
     from underdog.data.rows import read_rows
-    prompter = Prompter(PromptConfig(str(shared_data/'deberta-v3-tokenizer'), head=head, max_length=512))
+    prompter = Prompter(PromptConfig(max_length=512), str(shared_data/'deberta-v3-tokenizer'), head)
     df = read_rows(shared_data/'lmsys_train_1000.csv')[0].iloc[:150]
     tokens = tokenize_rows(df, prompter, tmp_path)
     assert prompter.newline and prompter.template == 'plain' and prompter.read == 'first'

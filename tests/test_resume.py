@@ -11,19 +11,24 @@ import pandas as pd
 import pytest
 import torch
 from conftest import slow
-from test_pipeline import small_run, world   # noqa: F401  (fixture)
+from fixtures import small_run
 
 from underdog.training.checkpoint import Checkpoints
 from underdog.data.competition import LMSYS
-from underdog.core import RunFolder, UserError, cache_folder, read_json, sweep
-from underdog.data.rows import labels_of, read_rows
-from underdog.training.health import Unhealthy
+from underdog.core import UserError, read_json, remove_temporaries
+from underdog.machine import cache_folder
+from underdog.runfolder import RunFolder
+from underdog.data.folds import labels_of
+from underdog.data.rows import read_rows
+from underdog.training.health import Health, Unhealthy
 from underdog.model.model import ModelConfig, load_model
 from underdog.training.prepare import differences
 from underdog.text.prompt import PromptConfig, Prompter, tokenize_rows
 from underdog.session import Clock, Session, locked
 from underdog.text.source import RowSource
-from underdog.training.loop import FitData, TrainConfig, Training, fit, rehearse
+from underdog.training.loop import Silent, fit, rehearse
+from underdog.training.settings import TrainConfig
+from underdog.training.step import FitData, Training
 
 
 class StopAt(Session):
@@ -31,12 +36,12 @@ class StopAt(Session):
     def asked(self, need=0.): return 'enough' if self.training.at.step == self.step else ''
 
 
-def beginner(world, head='pair', quantization='none', family='llama', offset=False, **cfg):   # noqa: F811
+def beginner(world, head='pair', quantization='none', family='llama', offset=False, **cfg):
     "A function that begins the same small run anew."
     from accelerate import Accelerator
     df, _ = read_rows(world/'train.csv')
     df = df.iloc[:40]
-    prompter = Prompter(PromptConfig(str(world/family), head=head, max_length=96, min_keep=4))
+    prompter = Prompter(PromptConfig(max_length=96, min_keep=4), str(world/family), head)
     tokens, y = tokenize_rows(df, prompter, cache_folder()), labels_of(df, LMSYS)
     cfg = TrainConfig(**dict(batch_rows=8, batch_tokens=256, lr=1e-2, head_lr=1e-2, evaluations=2) | cfg)
     def begin():
@@ -46,30 +51,41 @@ def beginner(world, head='pair', quantization='none', family='llama', offset=Fal
     return begin
 
 
+class Losses(Silent):
+    "Keeps the loss of every step."
+    def __init__(self, save=lambda: None): self.losses, self.save = {}, save
+    def log(self, step, loss, **_): self.losses[step] = loss
+
+
+class Watched(Silent):
+    "Looks at the health of every step."
+    def __init__(self): self.look = Health().look
+
+
 @pytest.mark.parametrize('options', [dict(offset=True), dict(head='joint', orders='both'), dict(head='joint', orders='random', family='bert', epochs=1.5), dict(quantization='nf4', head='symmetric')],
                          ids=['pair', 'both orders', 'random orders, padded', 'nf4'])
-def test_resume_is_bit_equal_at_every_step(world, tmp_path, options):   # noqa: F811
+def test_resume_is_bit_equal_at_every_step(world, tmp_path, options):
     "Stopped after any step and gone on with in a new model that knows only the checkpoint, a run has the losses, weights and moments of one that was not stopped: packed, accumulated, with dropout."
-    begin, losses = beginner(world, **options), {}
-    whole = begin()
-    fit(whole, log=lambda step, loss, **_: losses.update({step: loss}))
+    begin, recorder = beginner(world, **options), Losses()
+    whole, losses = begin(), recorder.losses
+    fit(whole, recorder)
     assert len(losses) == len(whole.plan) >= 4
     for stop in range(len(whole.plan)):
-        first, kept, seen = begin(), Checkpoints(tmp_path/str(stop)), {}
+        first, kept = begin(), Checkpoints(tmp_path/str(stop))
+        recorder = Losses(lambda: kept.save(first.at.step, first.state()))
         session = StopAt()
         session.training, session.step = first, stop
-        note = lambda step, loss, **_: seen.update({step: loss})
-        assert fit(first, note, session=session, save=lambda: kept.save(first.at.step, first.state())) == 'enough'
+        assert fit(first, recorder, session) == 'enough'
         second = begin()
         rehearse(second)   # leaves no trace
         second.load(kept.load())
-        assert second.at.step == stop and fit(second, note) == ''
-        assert seen == losses
+        assert second.at.step == stop and fit(second, recorder) == ''
+        assert recorder.losses == losses
         for name, p in whole.trained().items(): assert torch.equal(p, second.trained()[name]), (stop, name)
         for a, b in zip(whole.optimizer.state_dict()['state'].values(), second.optimizer.state_dict()['state'].values()): assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_a_rehearsal_leaves_no_trace_but_the_budget_and_finds_dead_adapters(world, monkeypatch):   # noqa: F811
+def test_a_rehearsal_leaves_no_trace_but_the_budget_and_finds_dead_adapters(world, monkeypatch):
     training = beginner(world)()
     before = {n: p.clone() for n, p in training.trained().items()}
     assert rehearse(training) > 0 and training.at.step == 0 and training.evaluation_s > 0
@@ -79,11 +95,10 @@ def test_a_rehearsal_leaves_no_trace_but_the_budget_and_finds_dead_adapters(worl
     with pytest.raises(Unhealthy, match='adapters get no gradient'): rehearse(training)
 
 
-def command(world, out, *more):   # noqa: F811
+def command(world, out, *more):
     "A process that trains as `small_run` does."
-    code = ('import sys; sys.path[:0] = [sys.argv[1]]; from pathlib import Path; import test_pipeline as t; from underdog.core import UserError\n'
-            'try: t.train(Path(sys.argv[3]), Path(sys.argv[2])/"train.csv", t.ModelConfig(sys.argv[2] + "/llama", rank=4, dropout=0., quantization="none"), t.PromptConfig(sys.argv[2] + "/llama", max_length=128, min_keep=4),\n'
-            '             t.TrainConfig(n_folds=3, lr=1e-2, head_lr=1e-2, batch_rows=8, epochs=float(sys.argv[4])), save_minutes=float(sys.argv[5]))\n'
+    code = ('import sys; sys.path[:0] = [sys.argv[1]]; from pathlib import Path; from fixtures import small_run; from underdog.core import UserError\n'
+            'try: small_run(Path(sys.argv[2]), sys.argv[3], epochs=float(sys.argv[4]), session=dict(save_minutes=float(sys.argv[5])))\n'
             'except UserError as e: print(e); sys.exit(3)')
     return subprocess.Popen([sys.executable, '-c', code, os.path.dirname(__file__), str(world), str(out), *map(str, more)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -103,7 +118,7 @@ def weights(run): return {f.name: f.read_bytes() for f in sorted((run/'adapter')
 
 
 @pytest.fixture(scope='session')
-def uninterrupted(world, tmp_path_factory):   # noqa: F811
+def uninterrupted(world, tmp_path_factory):
     out = tmp_path_factory.mktemp('whole')/'run'
     assert command(world, out, 6, 15).wait(300) == 0
     return out
@@ -118,7 +133,7 @@ def check_same(run, other):
     assert not list(run.rglob('.*.tmp'))
 
 
-def test_sigterm_pauses_and_sigkill_loses_only_what_was_not_saved(world, uninterrupted, tmp_path):   # noqa: F811
+def test_sigterm_pauses_and_sigkill_loses_only_what_was_not_saved(world, uninterrupted, tmp_path):
     "SIGTERM: saved, paused, exit 0. SIGKILL of everything: the last checkpoint. Then the run is that of the uninterrupted one."
     import psutil
     run = tmp_path/'run'
@@ -142,7 +157,7 @@ def test_sigterm_pauses_and_sigkill_loses_only_what_was_not_saved(world, uninter
     assert 'this run is finished' in again.communicate(timeout=120)[0] and again.returncode == 0
 
 
-def test_an_orphan_saves_and_ends_and_only_then_another_may_start(world, uninterrupted, tmp_path):   # noqa: F811
+def test_an_orphan_saves_and_ends_and_only_then_another_may_start(world, uninterrupted, tmp_path):
     "The parent alone is killed: its worker notices, saves and ends; until then the folder is refused to others."
     run = tmp_path/'run'
     process = command(world, run, 6, 15)
@@ -162,11 +177,11 @@ def test_an_orphan_saves_and_ends_and_only_then_another_may_start(world, uninter
     check_same(run, uninterrupted)
 
 
-def test_two_writers_one_is_refused(world, tmp_path):   # noqa: F811
+def test_two_writers_one_is_refused(world, tmp_path):
     with locked(tmp_path/'run'), pytest.raises(UserError, match=f'process {os.getpid()} on .* is at work there'): small_run(world, tmp_path/'run')
 
 
-def test_another_session_goes_on_from_a_read_only_copy_with_other_processes(world, uninterrupted, tmp_path):   # noqa: F811
+def test_another_session_goes_on_from_a_read_only_copy_with_other_processes(world, uninterrupted, tmp_path):
     "Paused with one process, gone on with on another machine with two: the same run but for rounding, and the log says so; the source is not touched."
     import shutil
     first = small_run(world, tmp_path/'first', epochs=6., session=dict(time_limit=1e-6))
@@ -174,14 +189,14 @@ def test_another_session_goes_on_from_a_read_only_copy_with_other_processes(worl
     shutil.move(first.path, tmp_path/'mounted')
     for f in [*(tmp_path/'mounted').rglob('*'), tmp_path/'mounted']: f.chmod(0o555 if f.is_dir() else 0o444)
     before = {f: f.stat().st_mtime_ns for f in (tmp_path/'mounted').rglob('*')}
-    second = small_run(world, tmp_path/'second', processes=2, epochs=6., session=dict(resume_from=str(tmp_path/'mounted')))
+    second = small_run(world, tmp_path/'second', epochs=6., session=dict(processes=2, resume_from=str(tmp_path/'mounted')))
     assert second.status['state'] == 'finished' and 'with 2 processes instead of 1' in (second.path/'train.log').read_text()
     np.testing.assert_allclose(RunFolder(uninterrupted).metrics()['loss'].dropna(), second.metrics()['loss'].dropna(), atol=2e-4)
     assert before == {f: f.stat().st_mtime_ns for f in (tmp_path/'mounted').rglob('*')}
     for f in [*(tmp_path/'mounted').rglob('*'), tmp_path/'mounted']: f.chmod(0o755)
 
 
-def test_other_settings_in_the_same_folder_are_refused_and_restart_clears(world, tmp_path):   # noqa: F811
+def test_other_settings_in_the_same_folder_are_refused_and_restart_clears(world, tmp_path):
     small_run(world, tmp_path/'run', session=dict(time_limit=1e-6))
     with pytest.raises(UserError, match=r'another run \(lr differ\)'): small_run(world, tmp_path/'run', lr=2e-2)
     with pytest.raises(UserError, match='n_folds differ'): small_run(world, tmp_path/'new', n_folds=4, session=dict(resume_from=str(tmp_path/'run')))
@@ -191,14 +206,14 @@ def test_other_settings_in_the_same_folder_are_refused_and_restart_clears(world,
 
 
 @slow
-def test_restart_with_another_session_takes_nothing_of_what_was_here(world, tmp_path):   # noqa: F811
+def test_restart_with_another_session_takes_nothing_of_what_was_here(world, tmp_path):
     small_run(world, tmp_path/'run', lr=2e-2)
     paused = small_run(world, tmp_path/'paused', lr=3e-2, session=dict(time_limit=1e-6))
     run = small_run(world, tmp_path/'run', lr=3e-2, session=dict(restart=True, resume_from=str(paused.path), time_limit=1e-6))
     assert run.status['state'] == 'paused' and not run.adapter.exists()   # nothing of the finished run is taken for this one's
 
 
-def test_speed_settings_are_not_another_run(world):   # noqa: F811
+def test_speed_settings_are_not_another_run(world):
     config = dict(train={'lr': 1., 'batch_tokens': 1}, model={'path': 'a', 'rank': 1}, template_hash='t', tokenizer_hash='t', base_hash='b', competition='c', data=dict(hash='d'))
     assert differences(config, config | dict(train={'lr': 1., 'batch_tokens': 2}, model={'path': 'b', 'rank': 1})) == []
     assert differences(config, config | dict(train={'lr': 2., 'batch_tokens': 1}, base_hash='x')) == ['base_hash', 'lr']
@@ -206,7 +221,7 @@ def test_speed_settings_are_not_another_run(world):   # noqa: F811
     assert differences(seeds(0, 0), seeds(1, 0)) == ['seed'] and differences(seeds(0, 0), seeds(0, 1)) == ['model.seed']
 
 
-def test_a_resumed_run_keeps_the_halved_budget_unless_another_is_asked_for(world):   # noqa: F811
+def test_a_resumed_run_keeps_the_halved_budget_unless_another_is_asked_for(world):
     first = beginner(world)()
     first.at.budget = 100   # memory ran out at 256
     again, larger, smaller = beginner(world)(), beginner(world, batch_tokens=512)(), beginner(world)()
@@ -276,7 +291,7 @@ def test_leftovers_of_killed_writers_are_swept(tmp_path):
     (tmp_path/'.adapter.tmp').mkdir()
     (tmp_path/'.adapter.tmp'/'x').touch()
     for name in ('.a.json.abc.tmp', 'keep.tmp', '.lock'): (tmp_path/name).touch()
-    sweep(tmp_path)
+    remove_temporaries(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['.lock', 'keep.tmp']
 
 
@@ -291,7 +306,7 @@ def test_the_clock_is_not_moved_by_the_wall_clock(monkeypatch):
         with pytest.raises(UserError, match='time_limit'): Clock.hours(bad)
 
 
-def test_a_run_stops_before_its_limit_with_a_checkpoint(world, uninterrupted, tmp_path):   # noqa: F811
+def test_a_run_stops_before_its_limit_with_a_checkpoint(world, uninterrupted, tmp_path):
     "With a limit in the midst of the run it is paused in time, and sessions add up to the uninterrupted run."
     run, limit = tmp_path/'run', 8 + RunFolder(uninterrupted).status['elapsed_s']/2
     small_run(world, run, epochs=6., session=dict(time_limit=limit/3600))
@@ -303,7 +318,7 @@ def test_a_run_stops_before_its_limit_with_a_checkpoint(world, uninterrupted, tm
 
 
 # ---- health
-def test_a_run_that_cannot_come_to_anything_ends_early_and_goes_on_with_a_lower_rate(world, tmp_path):   # noqa: F811
+def test_a_run_that_cannot_come_to_anything_ends_early_and_goes_on_with_a_lower_rate(world, tmp_path):
     "A learning rate far too high: ended with cause and remedy long before the last step; the same run goes on from its last checkpoint when a person lowers the rate."
     with pytest.raises(UserError, match='lr') as e: small_run(world, tmp_path/'run', epochs=40., lr=30., head_lr=30., start='none', session=dict(save_minutes=1e-4))
     run = RunFolder(tmp_path/'run')
@@ -313,26 +328,23 @@ def test_a_run_that_cannot_come_to_anything_ends_early_and_goes_on_with_a_lower_
     assert mended.status['state'] == 'paused' and mended.status['step'] > 0 and mended.config['train']['lr'] == 1e-4
 
 
-def test_a_step_that_is_not_finite_is_left_out(world, monkeypatch):   # noqa: F811
+def test_a_step_that_is_not_finite_is_left_out(world, monkeypatch):
     "One poisoned step changes no weight; three in a row end the run."
-    from underdog.training.health import Health
     training = beginner(world, epochs=3.)()
     training.step()
     before, y = {n: p.clone() for n, p in training.trained().items()}, training.y.clone()
     training.y[:] = float('nan')
     assert training.step()['skipped'] and all(torch.equal(p, before[n]) for n, p in training.trained().items())
-    health = Health().look
-    with pytest.raises(Unhealthy, match='not a number in three steps'): fit(training, look=health)
+    with pytest.raises(Unhealthy, match='not a number in three steps'): fit(training, Watched())
     training.y[:] = y
     assert all(p.isfinite().all() for p in training.trained().values())
 
 
-def test_the_head_alone_can_be_trained(world, tmp_path):   # noqa: F811
+def test_the_head_alone_can_be_trained(world, tmp_path):
     "Rank 0 has no adapters, and that is no fault."
     from accelerate import Accelerator
-    from underdog.training.health import Health
     base = beginner(world)()
-    model = load_model(ModelConfig(str(world/'llama'), rank=0))
+    model = load_model(ModelConfig(str(world/'llama'), rank=0, quantization='none'))
     training = Training(model, base.data, base.cfg, Accelerator(cpu=True))
     rehearse(training)
-    assert fit(training, look=Health().look) == ''
+    assert fit(training, Watched()) == ''

@@ -8,8 +8,10 @@ from hypothesis import given, strategies as st
 
 from underdog.data.competition import LMSYS
 from underdog.core import UserError
-from underdog.data.rows import TEXTS, find_duplicates, labels_of, make_folds, read_rows, swap_probs
-from underdog.data.sample import TOPICS, davidson, expected_loss, make_sample, write_sample
+from underdog.data.folds import find_duplicates, labels_of, make_folds, swap_probs
+from underdog.data.rows import TEXTS, read_rows
+from underdog.data.metrics import expected_loss
+from underdog.data.sample import TOPICS, davidson, make_sample, write_sample
 
 
 @pytest.fixture(scope='module')

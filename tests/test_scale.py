@@ -5,14 +5,15 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_pipeline import finished, world   # noqa: F401  (fixtures)
 
-from underdog.core import RunFolder, UserError, write_json
-from underdog.data.rows import prompt_groups, read_rows
+from underdog.core import UserError, write_json
+from underdog.runfolder import RunFolder
+from underdog.data.folds import prompt_groups
+from underdog.data.rows import read_rows
 from underdog.search.learning_rate import best_rates, check_valley, extrapolate_lr, valleys, vertex
 from underdog.training.prepare import with_folds
 from underdog.search.scaling import Points, check_points, compare, find_runs, fit_laws, law, plot_laws, points_of, predict, run_point, standard_errors
-from underdog.training.loop import TrainConfig
+from underdog.training.settings import TrainConfig
 
 SIZES = np.array([1000., 2000, 4000, 8000])
 
@@ -97,7 +98,7 @@ def test_learning_rates_that_say_nothing_are_refused(lr, losses, message):
     with pytest.raises(UserError, match=message): check_valley(1000, lr, losses, np.full(len(lr), .01))
 
 
-def test_learning_rates_are_read_from_run_folders_and_told(finished, tmp_path):   # noqa: F811
+def test_learning_rates_are_read_from_run_folders_and_told(finished, tmp_path):
     "Copies of a real run that say they learned with other rates from more rows; the best rate falls with the square root of the rows."
     import pandas as pd
     from typer.testing import CliRunner
@@ -123,7 +124,7 @@ def test_learning_rates_are_read_from_run_folders_and_told(finished, tmp_path): 
     assert isinstance(told.exception, UserError) and 'three different ones' in str(told.exception)   # two sizes are enough for a learning rate, not for a law
 
 
-def test_points_are_read_from_run_folders(finished, tmp_path):   # noqa: F811
+def test_points_are_read_from_run_folders(finished, tmp_path):
     "A real run; two more of it that say they learned from more rows and did better."
     shown, n, held, hours = run_point(finished.path)
     scores = finished.metrics()['eval_loss'].dropna().iloc[-1]
@@ -169,7 +170,7 @@ def test_runs_that_hold_out_the_same_rows_are_compared_row_by_row():
 
 
 @given(st.integers(0, 20), st.floats(.05, .9))
-def test_a_share_holds_out_the_same_rows_and_lies_in_a_larger_one(world, seed, share):   # noqa: F811
+def test_a_share_holds_out_the_same_rows_and_lies_in_a_larger_one(world, seed, share):
     df, _ = read_rows(world/'train.csv')
     small, large, whole = (with_folds(df, TrainConfig(n_folds=3, seed=seed, share=s)) for s in (share, (1 + share)/2, 1.))
     held = lambda d: d[d['fold'] == 0]['id'].tolist()

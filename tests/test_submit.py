@@ -14,23 +14,29 @@ import pytest
 import torch
 from conftest import slow
 from safetensors.torch import load_file, save_file
-from test_pipeline import finished, probabilities, small_run, world   # noqa: F401 (fixtures)
+from fixtures import predictions, small_run
+from test_pipeline import probabilities
 
 from underdog.inference import schedule
-from underdog.inference.blend import Blend, check_submission
+from underdog.data.submission import check_submission
+from underdog.inference.blend import Blend
 from underdog.data.competition import LMSYS
-from underdog.core import RunFolder, UserError, read_json, write_json
+from underdog.core import UserError, read_json, write_json
+from underdog.runfolder import RunFolder
 from underdog.data.rows import read_rows
-from underdog.inference.job import InferConfig, Job, infer
+from underdog.inference.job import InferConfig, Job
 from underdog.data.sample import write_sample
-from underdog.inference.scored import Answers, Evidence, Publisher, current, report, submit
+from underdog.inference.scored import Answers, Evidence, Publisher, current, predict, report
 
 
 @pytest.fixture(scope='session')
-def joint(world, tmp_path_factory): return small_run(world, tmp_path_factory.mktemp('joint')/'run', head='joint')   # noqa: F811
+def joint(world, tmp_path_factory): return small_run(world, tmp_path_factory.mktemp('joint')/'run', head='joint')
 
 
-def jobs_of(world, *runs, **cfg):   # noqa: F811
+def limited(world, hours): return InferConfig(sample_submission=str(world/'sample_submission.csv'), time_limit=hours)
+
+
+def jobs_of(world, *runs, **cfg):
     df, _ = read_rows(world/'test.csv', labelled=False)
     return [Job(r, df, InferConfig(**cfg)) for r in runs], Evidence(list(runs))
 
@@ -40,7 +46,7 @@ def answer_with(job, rows, orders=None, seed=0):
 
 
 # ---- what is published
-def test_every_state_of_a_row_is_a_distribution_and_only_its_own_answers_count(world, finished, joint):   # noqa: F811
+def test_every_state_of_a_row_is_a_distribution_and_only_its_own_answers_count(world, finished, joint):
     jobs, evidence = jobs_of(world, finished, joint)
     floors = current(jobs, evidence)
     answer_with(jobs[0], range(4, 12))
@@ -56,7 +62,7 @@ def test_every_state_of_a_row_is_a_distribution_and_only_its_own_answers_count(w
     np.testing.assert_array_equal(one['both'][8:10], one['one'][8:10])   # one order answered: it is all there is
 
 
-def test_blend_weights_belong_to_the_state(world, finished, joint):   # noqa: F811
+def test_blend_weights_belong_to_the_state(world, finished, joint):
     "The weights of a state are those of a blend that has the same predictions; without held-out rows all models count alike."
     evidence = Evidence([finished, joint])
     pair, both = evidence.by_path[finished.path], evidence.by_path[joint.path]
@@ -67,7 +73,7 @@ def test_blend_weights_belong_to_the_state(world, finished, joint):   # noqa: F8
     assert Evidence([finished], with_floors=False).blend({pair: 1}).weights.keys() == {pair}
 
 
-def test_answers_come_back_from_disk_only_for_the_same_job(world, finished, tmp_path, capsys):   # noqa: F811
+def test_answers_come_back_from_disk_only_for_the_same_job(world, finished, tmp_path, capsys):
     (job,), _ = jobs_of(world, finished)
     answer_with(job, range(7))
     Answers(tmp_path/'a.npz', [job]).save()
@@ -84,7 +90,7 @@ def test_answers_come_back_from_disk_only_for_the_same_job(world, finished, tmp_
     assert 'every row is answered anew' in capsys.readouterr().out
 
 
-def test_parts_hold_every_unanswered_row_once_by_priority(world, finished):   # noqa: F811
+def test_parts_hold_every_unanswered_row_once_by_priority(world, finished):
     (job,), _ = jobs_of(world, finished, batch_tokens=300)
     job.open()
     answer_with(job, [3, 4])
@@ -108,7 +114,7 @@ def test_the_ranking_follows_what_rows_show():
     assert x[0] == y[0] == 0 and x[-1] == pytest.approx(1) and y[-1] == pytest.approx(noise.mean()) and (np.diff(x) > 0).all()
 
 
-def test_passes_come_by_worth_per_token_and_never_before_their_first_order(world, finished, joint):   # noqa: F811
+def test_passes_come_by_worth_per_token_and_never_before_their_first_order(world, finished, joint):
     jobs, evidence = jobs_of(world, finished, joint)
     passes, said = evidence.plan(jobs)
     assert sorted((jobs.index(j), o) for j, o, _ in passes) == [(0, False), (1, False), (1, True)] and len(said) == 3
@@ -117,7 +123,7 @@ def test_passes_come_by_worth_per_token_and_never_before_their_first_order(world
     assert {r for *_, r in passes} <= set(schedule.RANKINGS)
 
 
-def test_a_full_disk_costs_a_version_not_the_run(world, finished, tmp_path, monkeypatch, capsys):   # noqa: F811
+def test_a_full_disk_costs_a_version_not_the_run(world, finished, tmp_path, monkeypatch, capsys):
     jobs, evidence = jobs_of(world, finished)
     publisher = Publisher(jobs, evidence, Answers(tmp_path/'a.npz', jobs), tmp_path, tmp_path/'submission.csv', world/'sample_submission.csv')
     publisher.now()
@@ -133,10 +139,10 @@ def test_a_full_disk_costs_a_version_not_the_run(world, finished, tmp_path, monk
 
 
 # ---- the whole
-def test_with_time_enough_it_is_what_infer_gives_with_the_blend(world, finished, tmp_path):   # noqa: F811
+def test_with_time_enough_it_is_what_infer_gives_with_the_blend(world, finished, tmp_path):
     "A generous limit: the predictions of `infer`, blended with the weights of the held-out rows; the files are whole; a second start has nothing to do."
-    alone, out = infer(finished.path, world/'test.csv', tmp_path/'alone'), tmp_path/'out'
-    got = submit(str(finished.path), world/'test.csv', out, sample=world/'sample_submission.csv', time_limit=1.)
+    alone, out = predictions(finished.path, world/'test.csv', tmp_path/'alone'), tmp_path/'out'
+    got = predict(str(finished.path), world/'test.csv', out, limited(world, 1.))
     np.testing.assert_allclose(probabilities(pd.read_parquet(out/'predictions.parquet')), probabilities(alone), atol=1e-5)
     assert check_submission(out/'submission.csv', LMSYS, world/'sample_submission.csv') == 20 == len(got)
     assert read_json(out/'summary.json')['answered'] == {str(finished.path): [0, 20]}
@@ -146,38 +152,38 @@ def test_with_time_enough_it_is_what_infer_gives_with_the_blend(world, finished,
     assert not [f for f in out.rglob('.*') if f.name != '.lock']
 
 
-def test_no_time_at_all_is_the_floors(world, finished, joint, tmp_path):   # noqa: F811
-    got = submit([finished.path, joint.path], world/'test.csv', tmp_path/'out', sample=world/'sample_submission.csv', time_limit=3/3600)
+def test_no_time_at_all_is_the_floors(world, finished, joint, tmp_path):
+    got = predict([finished.path, joint.path], world/'test.csv', tmp_path/'out', limited(world, 3/3600))
     assert len(got) == 20
     assert check_submission(tmp_path/'out'/'submission.csv', LMSYS, world/'sample_submission.csv') == 20
 
 
-def test_a_model_that_fails_costs_its_rows_only_the_fallback(world, finished, joint, tmp_path, capsys, monkeypatch):   # noqa: F811
+def test_a_model_that_fails_costs_its_rows_only_the_fallback(world, finished, joint, tmp_path, capsys, monkeypatch):
     "The head of one of two runs is broken: the other answers, the log names the failure. Alone it is an error, but not in a scored run."
     import shutil
     shutil.copytree(joint.path, tmp_path/'broken')
     (tmp_path/'broken'/'adapter'/'head.safetensors').write_bytes(b'no')
-    submit([finished.path, tmp_path/'broken'], world/'test.csv', tmp_path/'out', sample=world/'sample_submission.csv', time_limit=.5)
+    predict([finished.path, tmp_path/'broken'], world/'test.csv', tmp_path/'out', limited(world, .5))
     found = read_json(tmp_path/'out'/'summary.json')
     assert found['answered'][str(finished.path)] == [0, 20] and found['answered'][str(tmp_path/'broken')] == [20, 0, 0]
     assert 'head.safetensors: cannot be read' in found['failed'][str(tmp_path/'broken')] and 'head.safetensors' in capsys.readouterr().out
     write_json(tmp_path/'out'/'summary.json', found | dict(answered={'run': [20, 0]}))   # … had it been alone
-    end = partial(report, tmp_path/'out', dict(submission=str(tmp_path/'out'/'submission.csv')), 0, '')
+    end = partial(report, tmp_path/'out', tmp_path/'out'/'submission.csv', 0, '')
     with pytest.raises(UserError, match='no model answered.*head.safetensors'): end()
     monkeypatch.setenv('KAGGLE_IS_COMPETITION_RERUN', '1')
     assert len(end()) == 20
 
 
-def test_mistakes_are_said_before_anything_is_written(world, finished, tmp_path):   # noqa: F811
-    with pytest.raises(UserError, match='no run folder'): submit('', world/'test.csv', tmp_path/'out')
-    with pytest.raises(UserError, match='not a run folder'): submit(str(world), world/'test.csv', tmp_path/'out')
-    with pytest.raises(UserError, match='time_limit'): submit(str(finished.path), world/'test.csv', tmp_path/'out', time_limit=-3)
-    with pytest.raises(UserError, match='no such file'): submit(str(finished.path), tmp_path/'none.csv', tmp_path/'out')
+def test_mistakes_are_said_before_anything_is_written(world, finished, tmp_path):
+    with pytest.raises(UserError, match='no run folder'): predict('', world/'test.csv', tmp_path/'out')
+    with pytest.raises(UserError, match='not a run folder'): predict(str(world), world/'test.csv', tmp_path/'out')
+    with pytest.raises(UserError, match='time_limit'): predict(str(finished.path), world/'test.csv', tmp_path/'out', InferConfig(time_limit=-3.))
+    with pytest.raises(UserError, match='no such file'): predict(str(finished.path), tmp_path/'none.csv', tmp_path/'out')
     assert not (tmp_path/'out').exists()
 
 
-def command(run, test_csv, sample, out, code='submit(sys.argv[1], sys.argv[2], sys.argv[4], InferConfig(batch_tokens=250), sys.argv[3], time_limit=1, publish_s=.1)'):
-    return subprocess.Popen([sys.executable, '-c', f'import sys; from underdog.inference.scored import submit; from underdog.inference.job import InferConfig; {code}', str(run), str(test_csv), str(sample), str(out)],
+def command(run, test_csv, sample, out, code='predict(sys.argv[1], sys.argv[2], sys.argv[4], InferConfig(batch_tokens=250, sample_submission=sys.argv[3], time_limit=1., publish_s=.1))'):
+    return subprocess.Popen([sys.executable, '-c', f'import sys; from underdog.inference.scored import predict; from underdog.inference.job import InferConfig; {code}', str(run), str(test_csv), str(sample), str(out)],
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -199,7 +205,7 @@ def answered(out, n):
     with np.load(out/'answers.npz') as found: return int((~np.isnan(found['0']).any((0, 2))).sum())
 
 
-def test_sigterm_publishes_and_sigkill_loses_at_most_what_was_not_published(world, finished, large, tmp_path):   # noqa: F811
+def test_sigterm_publishes_and_sigkill_loses_at_most_what_was_not_published(world, finished, large, tmp_path):
     "After SIGTERM and after SIGKILL of everything the submission is valid and a new start goes on with the rows that are left; in the end it is that of an undisturbed one."
     out, sample = tmp_path/'out', large['sample_submission.csv']
     process = command(finished.path, large['test.csv'], sample, out)
@@ -218,12 +224,12 @@ def test_sigterm_publishes_and_sigkill_loses_at_most_what_was_not_published(worl
     done = command(finished.path, large['test.csv'], sample, out)
     text = done.communicate(timeout=300)[0]
     assert done.returncode == 0 and 'earlier answers' in text and answered(out, 160) == 160
-    whole = infer(finished.path, large['test.csv'], tmp_path/'whole')
+    whole = predictions(finished.path, large['test.csv'], tmp_path/'whole')
     np.testing.assert_allclose(probabilities(pd.read_parquet(out/'predictions.parquet')), probabilities(whole), atol=1e-4)
 
 
 @slow
-def test_a_killed_worker_is_replaced(world, finished, large, tmp_path):   # noqa: F811
+def test_a_killed_worker_is_replaced(world, finished, large, tmp_path):
     process = command(finished.path, large['test.csv'], large['sample_submission.csv'], tmp_path/'out')
     until_answers(tmp_path/'out', process)
     child = psutil.Process(process.pid).children()[0]
@@ -233,12 +239,12 @@ def test_a_killed_worker_is_replaced(world, finished, large, tmp_path):   # noqa
     assert process.returncode == 0 and answered(tmp_path/'out', 160) == 160 and (not workers or 'it starts again' in text)
 
 
-def test_the_second_of_two_starts_is_refused(world, finished, tmp_path):   # noqa: F811
+def test_the_second_of_two_starts_is_refused(world, finished, tmp_path):
     from underdog.session import locked
-    with locked(tmp_path/'out'), pytest.raises(UserError, match='is at work there'): submit(str(finished.path), world/'test.csv', tmp_path/'out')
+    with locked(tmp_path/'out'), pytest.raises(UserError, match='is at work there'): predict(str(finished.path), world/'test.csv', tmp_path/'out')
 
 
-def test_runs_without_held_out_rows_count_alike(world, finished, tmp_path):   # noqa: F811
+def test_runs_without_held_out_rows_count_alike(world, finished, tmp_path):
     import shutil
     shutil.copytree(finished.path, tmp_path/'run')
     (tmp_path/'run'/'oof.parquet').unlink()
@@ -248,9 +254,9 @@ def test_runs_without_held_out_rows_count_alike(world, finished, tmp_path):   # 
     assert list(evidence.blend({str(Path(run.path)): 1}).weights.values()) == [1.] and evidence.plan(jobs_of(world, run)[0])[0][0][2] == 'shortest first'
 
 
-def test_logits_that_are_not_finite_are_not_passed_off_as_answers(world, finished, tmp_path):   # noqa: F811
+def test_logits_that_are_not_finite_are_not_passed_off_as_answers(world, finished, tmp_path):
     broken = tmp_path/'run'
     shutil.copytree(finished.path, broken)
     for f in broken.glob('adapter/*.safetensors'): save_file({k: torch.full_like(v, float('nan')) for k, v in load_file(f).items()}, f)
-    with pytest.raises(UserError, match='20 of 20 rows got no finite logits'): infer(broken, world/'test.csv', tmp_path/'pred')
-    assert not (tmp_path/'pred'/'predictions.parquet').exists()
+    with pytest.raises(UserError, match='20 of 20 rows got no finite logits'): predictions(broken, world/'test.csv', tmp_path/'pred')
+    assert (pd.read_parquet(tmp_path/'pred'/'predictions.parquet')['orders'] == 0).all()   # each row has its floor

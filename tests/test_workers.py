@@ -1,7 +1,6 @@
 "Inference by several processes: every part once, rows in order, equal to one process, nothing lost when a worker dies; other precisions, merged adapters, little memory."
 import os
 import signal
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -12,15 +11,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_packing import prompter, rows_of
-from test_pipeline import finished, small_run, world   # noqa: F401 (fixtures)
-from test_model import bases, trained   # noqa: F401 (bases is a fixture)
+from fixtures import predictions
+from test_model import trained
 
-from underdog.core import UserError, write_json
-from underdog.inference.job import InferConfig, infer, predict_parts, start_worker, work
+from underdog.core import UserError
+from underdog.inference.job import InferConfig, Job, merged_base, read_test, start_worker
 from underdog.model.model import ModelConfig
 from underdog.text.source import RowSource
 from underdog.model.predict import part_logits
-from underdog.inference.workers import Workers, WorkQueue
+from underdog.inference.workers import WorkQueue, Workers
 
 
 @given(st.integers(0, 30), st.lists(st.tuples(st.sampled_from('abc'), st.sampled_from(['take', 'done', 'die'])), max_size=80))
@@ -121,10 +120,10 @@ def same(a, b, **tolerance):
     np.testing.assert_allclose(a[columns], b[columns], **tolerance)
 
 
-def test_two_processes_predict_what_one_does(world, finished, tmp_path):   # noqa: F811
+def test_two_processes_predict_what_one_does(world, finished, tmp_path):
     "In small parts, so that both have work; bit by bit, as the parts are the same."
     one = infer_here(finished, world/'test.csv', tmp_path/'one', batch_tokens=400)
-    two = infer(finished.path, world/'test.csv', tmp_path/'two', InferConfig(batch_tokens=400, processes=2))
+    two = predictions(finished.path, world/'test.csv', tmp_path/'two', InferConfig(batch_tokens=400, processes=2))
     pd.testing.assert_frame_equal(one, two)
 
 
@@ -141,33 +140,37 @@ def dying(run, files, cfg, marker, device):
     return killed_once
 
 
-def test_a_killed_process_loses_no_row(world, finished, tmp_path):   # noqa: F811
+def test_a_killed_process_loses_no_row(world, finished, tmp_path):
     files, cfg, parts = finished.config['tokens'], InferConfig(), [(list(range(i, i + 5)), (False,)) for i in range(0, 60, 5)]
     alone, shared = {}, {}
-    predict_parts(parts, partial(start_worker, finished.path, files, cfg, None), ['cpu'], alone.__setitem__)
-    predict_parts(parts, partial(dying, finished.path, files, cfg, tmp_path/'marker'), ['cpu', 'cpu'], shared.__setitem__)
+    compute = start_worker(finished.path, files, cfg, None, 'cpu')
+    for i, part in enumerate(parts): alone[i] = compute(part)
+    with Workers(partial(dying, finished.path, files, cfg, tmp_path/'marker'), ['cpu', 'cpu']) as workers: workers.run(parts, shared.__setitem__)
     assert (tmp_path/'marker').exists() and sorted(shared) == list(range(len(parts)))
     for i in alone: np.testing.assert_array_equal(alone[i], shared[i])
 
 
 def infer_here(run, test_csv, out, **changes):
-    "`infer` without the process around it."
+    "The predictions of a run, computed in this process."
     out.mkdir()
-    write_json(out/'infer.json', asdict(InferConfig(**changes)))
-    work(run, test_csv, out)
+    job = Job(run, read_test(run, test_csv)[0], InferConfig(**changes)).open()
+    with merged_base(job, out) as merged:
+        compute = job.start(merged)('cpu')
+        for part in job.parts(job.orders)[0]: job.take(part, compute(part))
+    job.write(out)
     return pd.read_parquet(out/'predictions.parquet')
 
 
 @pytest.fixture(scope='module')
-def plain(world, finished, tmp_path_factory): return infer_here(finished, world/'test.csv', tmp_path_factory.mktemp('plain')/'out')   # noqa: F811
+def plain(world, finished, tmp_path_factory): return infer_here(finished, world/'test.csv', tmp_path_factory.mktemp('plain')/'out')
 
 
 @pytest.mark.parametrize('changes,tolerance', [(dict(merge=True), 1e-5), (dict(quantization='int8', int8_threshold=0.), .05), (dict(quantization='nf4', merge=True), .1), (dict(dtype='bfloat16'), .05)])
-def test_other_precisions_are_near(world, finished, plain, tmp_path, changes, tolerance):   # noqa: F811
+def test_other_precisions_are_near(world, finished, plain, tmp_path, changes, tolerance):
     other = infer_here(finished, world/'test.csv', tmp_path/'out', **changes)
     same(plain, other, atol=tolerance)
     if 'merge' not in changes: assert not np.array_equal(plain['p_a'], other['p_a'])
-    assert sorted(p.name for p in (tmp_path/'out').iterdir()) == ['infer.json', 'predictions.parquet']   # the merged copy is gone
+    assert sorted(p.name for p in (tmp_path/'out').iterdir()) == ['predictions.parquet']   # the merged copy is gone
 
 
 @pytest.mark.parametrize('wrong,match', [(dict(processes=-1), 'one per GPU'), (dict(quantization='int3'), 'int8'), (dict(dtype='fp16'), 'float16'), (dict(batch_tokens=0), 'above 0')])
@@ -175,8 +178,8 @@ def test_settings_that_cannot_work(wrong, match):
     with pytest.raises(UserError, match=match): InferConfig(**wrong)
 
 
-def test_memory_that_runs_out_halves_the_batch_and_changes_no_row(bases, monkeypatch, capsys):   # noqa: F811
-    model = trained(ModelConfig(str(bases['llama']), head='joint', rank=4))
+def test_memory_that_runs_out_halves_the_batch_and_changes_no_row(bases, monkeypatch, capsys):
+    model = trained(ModelConfig(str(bases['llama']), head='joint', rank=4, quantization='none'))
     source, rows, orders = RowSource(rows_of(8), prompter('joint'), 'causal'), list(range(8)), (False, True)
     expected, forward = part_logits(model, source, rows, orders), type(model).forward
 

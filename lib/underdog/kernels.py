@@ -10,7 +10,7 @@ import ast, json, sys
 from pathlib import Path
 
 from .core import UserError, convert, nearest
-from .session import end_with
+from .process import end_with
 
 # %% ../../nbs/05_kernels.ipynb #5a7943c9
 def find_kernel(name):

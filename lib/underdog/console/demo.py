@@ -11,8 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..inference.blend import gather_oof, log_loss
-from ..core import RunFolder, UserError, cache_folder, quiet, read_json
+from ..data.metrics import log_loss
+from ..inference.blend import gather_oof
+from ..core import UserError, read_json
+from ..machine import cache_folder, quiet
+from ..runfolder import RunFolder
 from ..kernels import run_kernel
 from ..data.sample import write_sample
 

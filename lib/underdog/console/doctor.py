@@ -16,14 +16,15 @@ import numpy as np
 import pandas as pd
 
 from ..training.checkpoint import Checkpoints
-from ..core import RunFolder, UserError, on_kaggle, pick_dtype, read_table, resolve_input
-from ..data.rows import swap_probs, swap_rows
+from ..core import UserError, read_table
+from ..machine import on_kaggle, pick_dtype, resolve_input
+from ..runfolder import RunFolder, columns
+from ..data.folds import swap_probs, swap_rows
 from ..inference.job import InferConfig, Job, check_run, devices_of
 from ..kernels import check_parameters, find_kernel, kernel_parameters
-from ..training.worker import score_table
-from ..model.predict import softmax
-from ..training.prepare import columns
-from ..text.prompt import COLUMNS
+from ..training.record import oof_losses
+from ..data.metrics import softmax
+from ..data.rows import TEXTS
 from ..inference.workers import Workers
 
 # %% ../../../nbs/8_console/01_doctor.ipynb #88b628c0
@@ -121,7 +122,7 @@ def _version(name):
 
 def run_predicts(run, cfg=InferConfig()):
     "Predict the run's check rows as inference does, in both orders, and compare with what training wrote; the model is loaded in a process of its own."
-    rows = read_table(run.path/'check.parquet', ['id', *COLUMNS]) if (run.path/'check.parquet').exists() else pd.DataFrame()
+    rows = read_table(run.path/'check.parquet', ['id', *TEXTS]) if (run.path/'check.parquet').exists() else pd.DataFrame()
     if not len(rows) or not run.oof_file.exists(): return [Check('validation loss', 'skip', 'the run has no held-out rows (fold=-1)', 'train one fold to be sure of the path')]
     df = rows.assign(**{c: [list(turns) for turns in rows[c]] for c in rows.columns if c != 'id'})
     job = Job(run, pd.concat([df, swap_rows(df)], ignore_index=True), cfg).open()
@@ -136,8 +137,8 @@ def compare(job, oof, p, exact=True):
     "Lines from the probabilities `p` (2, n, C) of the rows and of the exchanged rows, exchanged back, and what training wrote for the same rows."
     of = lambda prefix: oof[columns(prefix, job.comp)].to_numpy()
     seen = dict(one=p[0], p=p[:len(job.orders)].mean(0))
-    before = score_table(oof, job.comp)
-    after = score_table(oof.assign(**{c: x for prefix, values in seen.items() for c, x in zip(columns(prefix, job.comp), values.T)}), job.comp)
+    before = oof_losses(oof, job.comp)
+    after = oof_losses(oof.assign(**{c: x for prefix, values in seen.items() for c, x in zip(columns(prefix, job.comp), values.T)}), job.comp)
     moved, loss = np.abs(p[0] - of('one')).max(), after['tta'] - before['tta']
     swapped = np.abs(p[0] - p[1]).max()
     lines = [check('reload equality', moved < .02, f'probabilities differ by {moved:.1e} at most from those of training', 'save and copy the adapter again' if exact else 'other precision than in training: the validation loss says what it costs', 'fail' if exact else 'warn'),

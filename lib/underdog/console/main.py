@@ -40,9 +40,10 @@ def check(file: Csv, competition: Comp = ''):
 @app.command()
 def floors(file: Csv, folds: Annotated[int, typer.Option(help='prompt-grouped folds')] = 5, competition: Comp = ''):
     "Out-of-fold log loss of the floors (prior, lengths and formats, TF-IDF): what a model must beat."
-    from underdog.inference.blend import score_table
+    from underdog.data.metrics import score_table
     from underdog.data.competition import get_competition
-    from underdog.data.rows import labels_of, make_folds, prompt_groups, read_rows
+    from underdog.data.folds import labels_of, make_folds, prompt_groups
+    from underdog.data.rows import read_rows
     from underdog.data.floors import cross_predict
     df, report = read_rows(file, _competition(competition), labelled=True)
     comp = get_competition(report.competition)
@@ -55,10 +56,10 @@ def show(file: Csv, model: Annotated[str, typer.Option(help='folder with the tok
          swapped: Annotated[bool, typer.Option('--swapped', help='show B first')] = False, competition: Comp = ''):
     "Print what the model sees for one row: template, texts and cuts."
     from underdog.data.rows import read_rows
-    from underdog.text.prompt import PromptConfig, Prompter, show as render
+    from underdog.text.prompt import PromptConfig, Prompter, show_row
     df, _ = read_rows(file, _competition(competition))
     if not 1 <= row <= len(df): raise UserError(f'--row {row}: {file} has rows 1 to {len(df)}')
-    typer.echo(render(Prompter(PromptConfig(model, head=head, max_length=max_length)), df.iloc[row - 1], swapped))
+    typer.echo(show_row(Prompter(PromptConfig(max_length=max_length), model, head), df.iloc[row - 1], swapped))
 
 @app.command()
 def run(kernel: Annotated[str, typer.Argument(help='train, infer, blend, or the path of a notebook', show_default=False)],
@@ -158,18 +159,18 @@ def _calibrated(model, file, head, max_length, rank, quantization, epochs, json_
     from underdog.search.calibrate import calibrate
     from underdog.model.model import ModelConfig
     from underdog.text.prompt import PromptConfig
-    from underdog.session import span
-    from underdog.training.loop import TrainConfig
+    from underdog.session import duration
+    from underdog.training.settings import TrainConfig
     if not file or not Path(model).is_dir(): raise UserError('--calibrate: give a model folder and a csv; what is timed is the real training')
-    c = calibrate(file, ModelConfig(model, head=head, rank=rank, quantization=quantization), PromptConfig(model, head=head, max_length=max_length), TrainConfig(epochs=epochs))
+    c = calibrate(file, ModelConfig(model, head=head, rank=rank, quantization=quantization), PromptConfig(max_length=max_length), TrainConfig(epochs=epochs))
     if json_: return typer.echo(json.dumps(asdict(c)))
-    table(f'{c.timed_steps} real steps on this machine', ['what', 'value'], [('training, with evaluations', span(c.seconds)), ('steps', c.steps), ('tokens', round(c.tokens)), ('tokens a second, training', round(c.tokens_per_s)), ('tokens a second, evaluation', round(c.evaluation_tokens_per_s)), ('peak memory, GB', f'{c.memory_gb:.2f}')])
+    table(f'{c.timed_steps} real steps on this machine', ['what', 'value'], [('training, with evaluations', duration(c.seconds)), ('steps', c.steps), ('tokens', round(c.tokens)), ('tokens a second, training', round(c.tokens_per_s)), ('tokens a second, evaluation', round(c.evaluation_tokens_per_s)), ('peak memory, GB', f'{c.memory_gb:.2f}')])
 
 @app.command()
 def submission(file: Annotated[Path, typer.Argument(help='submission.csv', show_default=False)], sample: Annotated[Path, typer.Option(help='sample_submission.csv')],
                competition: Comp = 'lmsys'):
     "Validate a submission: ids, order, columns, finite numbers that sum to 1."
-    from underdog.inference.blend import check_submission
+    from underdog.data.submission import check_submission
     typer.echo(f'{file}: {check_submission(file, _competition(competition), sample):,} rows, valid')
 
 @app.command()

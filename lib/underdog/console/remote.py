@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from ..core import UserError
+from ..session import TRAINING_HOURS
 from .tables import params, table
 
 # %% ../../../nbs/8_console/04_remote.ipynb #6b7e8585
@@ -130,7 +131,7 @@ def quota():
 
 # %% ../../../nbs/8_console/04_remote.ipynb #3b4ee873
 def relay(kernel: Annotated[str, typer.Argument(help='train, or the path of a notebook', show_default=False)], param: Params = None, name: Annotated[str, typer.Option(help='of the relay; its sessions are the kernels name-1, name-2, …')] = 'underdog-relay',
-          hours: Annotated[float, typer.Option(help='of one session at most')] = 11.5, shape: Shape = 'NvidiaTeslaT4', gpus: Gpus = -1, source: Extra = None, docker_image: Image = '', wheels: Wheels = True, poll: Poll = 15.):
+          hours: Annotated[float, typer.Option(help='of one session at most')] = TRAINING_HOURS, shape: Shape = 'NvidiaTeslaT4', gpus: Gpus = -1, source: Extra = None, docker_image: Image = '', wheels: Wheels = True, poll: Poll = 15.):
     """Train in as many sessions as it takes: push, wait, attach the output of the last as the input of the next, go on.
 
     May be interrupted and given again, here or elsewhere: Kaggle holds its state. Stops before the week's quota is exceeded and says when it resets."""

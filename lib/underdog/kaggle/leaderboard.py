@@ -23,7 +23,7 @@ def submissions_left(hub, competition):
 
 def commit_run(hub, competition, kernel, given, slug, settings, sample='', say=print):
     "Push the kernel, wait for it, validate its submission.csv; returns (`Pushed`, folder with its output)."
-    from underdog.inference.blend import check_submission
+    from underdog.data.submission import check_submission
     if settings.internet: raise UserError('a scored run has no internet: push it without')
     done = push_when_free(hub, say, kernel, given, slug, settings)
     note(kernel=done.ref, version=done.version, push=done.id, state='pushed', shape=done.shape)

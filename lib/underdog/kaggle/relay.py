@@ -14,7 +14,7 @@ from ..core import UserError, file_hash, read_record
 from .account import Refused, download
 from ..kernels import check_parameters, find_kernel, kernel_parameters
 from .push import Push, expectation, kernel_state, push
-from ..session import span
+from ..session import TRAINING_HOURS, duration
 from .watch import note, outputs, quota, wait
 
 # %% ../../../nbs/7_kaggle/05_relay.ipynb #f4f527b7
@@ -68,7 +68,7 @@ def push_when_free(hub, say, *args, limit_s=24*3600., **kwargs):
     return hub.until('a free session', attempt, limit_s)
 
 # %% ../../../nbs/7_kaggle/05_relay.ipynb #268a828e
-def relay(hub, name, kernel='train', given=None, settings=Push(), hours=11.5, say=print):
+def relay(hub, name, kernel='train', given=None, settings=Push(), hours=TRAINING_HOURS, say=print):
     """Run the training kernel `kernel` with the parameters `given` until its run is finished, in sessions of at most `hours`; returns the last `Leg`.
 
     Goes on with a relay of that name, whose parameters must be the same (or not given). Raises `Refused` (kind quota) when the week's hours are used up, `UserError` when a session fails."""
@@ -82,7 +82,7 @@ def relay(hub, name, kernel='train', given=None, settings=Push(), hours=11.5, sa
         timeout = math.ceil(3600*(time_h + .4)) if settings.shape else settings.timeout_s
         done = push_when_free(hub, say, str(path), values, f'{name}-{number}', replace(settings, timeout_s=timeout, files=files or {}), dict(relay=name, session=number, given=given))
         note(kernel=done.ref, version=done.version, push=done.id, relay=name, session=number, state='pushed', shape=done.shape)
-        say(f'session {number}: pushed as {done.ref}, version {done.version}, {span(3600*time_h)} at most')
+        say(f'session {number}: pushed as {done.ref}, version {done.version}, {duration(3600*time_h)} at most')
     if not found: begin(1)
     known = {leg.expect['push'] for leg in found}   # those of an earlier start, whose failure was already reported
     while True:

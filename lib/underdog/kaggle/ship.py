@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
-from ..core import UserError, build_id, cache_folder, file_hash, fingerprint, write_json
+from ..core import UserError, build_id, file_hash, fingerprint, write_json
+from ..machine import cache_folder
 from .account import Refused
 
 # %% ../../../nbs/7_kaggle/01_ship.ipynb #79885af5

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from ..core import UserError, coerce, read_record, resolve_input, write_json
+from ..core import UserError, coerce, read_record, write_json
+from ..machine import resolve_input
 from .model import ModelConfig, base_hash, load_model
 
 # %% ../../../nbs/3_model/06_merge.ipynb #3198bab9
@@ -86,7 +87,7 @@ def merge(folder, out, base=None):
     shutil.copy(folder/'head.safetensors', tmp/'head')
     shutil.rmtree(out, ignore_errors=True)
     tmp.replace(out)
-    return replace(cfg, path=str(out), layers=None)
+    return replace(cfg, path=str(out), layers=0)
 
 def load_merged(cfg, device='cpu'):
     "The model that `merge` wrote, without adapters; `cfg` as `merge` returned it, any quantization."

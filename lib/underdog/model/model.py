@@ -10,7 +10,7 @@ __all__ = ['DTYPES', 'CHOICES', 'ModelConfig', 'weight_files', 'base_hash', 'bac
 # %% ../../../nbs/3_model/05_model.ipynb #d5fd796f
 import inspect, re, warnings
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,9 +18,11 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .attention import Planner, attention_of
-from ..core import UserError, fingerprint, nearest, pick_dtype, quiet, read_json, resolve_input
-from .head import HEADS, make_head, pool, pool_packed, unswap
+from ..core import Settings, UserError, fingerprint, nearest, read_json
+from ..machine import pick_dtype, quiet, resolve_input
+from .head import make_head, pool, pool_packed, unswap
 from .memory import place_embedding
+from ..text.heads import HEADS
 from ..text.pack import Packed
 
 # %% ../../../nbs/3_model/05_model.ipynb #8770be40
@@ -28,13 +30,13 @@ DTYPES = dict(float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloa
 CHOICES = dict(head=tuple(HEADS), quantization=('none', 'nf4', 'int8'), dtype=('auto', *DTYPES), pooling=('auto', 'mean', 'read', 'last', 'first'))
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Settings):
     "What the model is: backbone folder, precision, LoRA, pooling and head."
-    path: str                         # local folder, or a Kaggle model path that `resolve_input` finds
-    head: str = 'pair'                # pair: each answer scored alone; joint: both in one sequence; symmetric, combined: see layout
-    quantization: str = 'none'        # none | nf4 | int8
+    path: str = field(metadata={'parameter': 'model'})   # local folder, or a Kaggle model path that `resolve_input` finds
+    head: str = 'pair'                # pair: each answer scored alone; joint: both in one sequence; symmetric, combined: see text.heads
+    quantization: str = 'nf4'         # none | nf4 | int8
     dtype: str = 'auto'               # of frozen weights and arithmetic; auto: what the device does fast
-    layers: int | None = None         # keep only the first n layers of the backbone
+    layers: int = 0                   # keep only the first n layers of the backbone; 0: all
     rank: int = 16                    # of LoRA; 0: no LoRA, the head alone is trained
     alpha: float = 16.0               # LoRA's output is scaled by alpha/rank
     dropout: float = 0.0              # on LoRA's input
@@ -53,7 +55,7 @@ class ModelConfig:
         if self.n_classes not in (2, 3): raise UserError(f'n_classes={self.n_classes}: 3 (a, b, tie) or 2 (a, b) wanted')
         if self.rank < 0 or self.alpha <= 0: raise UserError(f'rank={self.rank}, alpha={self.alpha}: rank >= 0 (0: no LoRA) and alpha > 0 wanted')
         if not 0 <= self.dropout < 1: raise UserError(f'dropout={self.dropout}: a share in [0, 1) wanted')
-        if self.layers is not None and self.layers < 1: raise UserError(f'layers={self.layers}: at least 1 wanted (leave it out to keep all)')
+        if self.layers < 0: raise UserError(f'layers={self.layers}: at least 1 wanted, or 0 for all')
 
 # %% ../../../nbs/3_model/05_model.ipynb #913ef2e3
 def weight_files(path):
@@ -87,7 +89,7 @@ def base_hash(path):
     return fingerprint((path/'config.json').read_bytes(), *[part for f in files for part in (f.name, f.stat().st_size, _ends(f))])
 
 # %% ../../../nbs/3_model/05_model.ipynb #29e2386a
-def backbone_config(path, layers=None):
+def backbone_config(path, layers=0):
     "The transformers config of a text model folder, with only the first `layers` layers, no cache and no attention softcap."
     from transformers import AutoConfig
     try: config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
@@ -96,7 +98,7 @@ def backbone_config(path, layers=None):
     if config.is_encoder_decoder or config.get_text_config() is not config:
         raise UserError(f'{path}: {config.model_type} is not a plain text encoder or decoder; take one, such as Gemma-2, Llama, '
                         'Mistral, Qwen2 or DeBERTa')
-    if layers is not None:
+    if layers:
         if layers > config.num_hidden_layers: raise UserError(f'layers={layers}: {path} has {config.num_hidden_layers} layers')
         if getattr(config, 'layer_types', None): config.layer_types = config.layer_types[:layers]
         config.num_hidden_layers = layers
@@ -244,13 +246,14 @@ def _find_tensors(path, ends):
 
 def checkpoint_head(path, cfg, config):
     "(state of the head, its activation or '', pooling) as stored in a model folder, or None if there is no fitting one."
-    if cfg.head not in ('pair', 'joint'): return None
-    path, rows = Path(path), 1 if cfg.head == 'pair' else cfg.n_classes
+    if HEADS[cfg.head].asks: return None   # its read-outs were never trained
+    path, pair = Path(path), HEADS[cfg.head].answers
+    rows = 1 if pair else cfg.n_classes
     found = _find_tensors(path, ('score.weight', 'classifier.weight', 'classifier.bias', 'pooler.dense.weight', 'pooler.dense.bias'))
     weight = found.get('score.weight', found.get('classifier.weight'))
     if weight is None or weight.shape != (rows, config.hidden_size): return None
-    state = {'score.weight': weight} | ({'tie': torch.zeros(())} if cfg.head == 'pair' and cfg.n_classes == 3 else {})
-    if cfg.head == 'joint': state['score.bias'] = found.get('classifier.bias', torch.zeros(rows))
+    state = {'score.weight': weight} | ({'tie': torch.zeros(())} if pair and cfg.n_classes == 3 else {})
+    if not pair: state['score.bias'] = found.get('classifier.bias', torch.zeros(rows))
     if 'score.weight' in found: return state, '', 'last'
     act = {'bert': 'tanh'}.get(config.model_type, getattr(config, 'pooler_hidden_act', None))
     if act is None or 'pooler.dense.weight' not in found: return None
@@ -285,8 +288,8 @@ def load_model(cfg, device='cpu', lora=True):
     "The model of `cfg` on `device` ('cpu', 'cuda:0'), without LoRA if not `lora`; nothing in it is random except LoRA's A and a seeded head."
     path, backbone = resolve_input(cfg.path), load_backbone(cfg, device)
     planner = Planner(backbone)
-    if cfg.head in ('symmetric', 'combined'): planner.check_moves()
-    state, act, pooling = checkpoint_head(path, cfg, backbone.config) or (None, cfg.head_act, 'mean' if cfg.head in ('pair', 'combined') else 'read')
+    if HEADS[cfg.head].asks: planner.check_moves()
+    state, act, pooling = checkpoint_head(path, cfg, backbone.config) or (None, cfg.head_act, HEADS[cfg.head].pooling)
     cfg = replace(cfg, head_act=act, pooling=pooling if cfg.pooling == 'auto' else cfg.pooling)
     head = make_head(cfg, backbone.config.hidden_size)
     if state is not None: head.load_state_dict(state)

@@ -12,12 +12,17 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import RunFolder, UserError, coerce, peak_memory_gb, quiet, read_json, seed_everything, write_json
-from ..training.worker import accelerator_for, launch, run_worker, start
+from ..core import coerce, read_json, write_json
+from ..machine import peak_memory_gb, quiet, seed_everything
+from ..runfolder import RunFolder
+from ..process import launch, raise_failed, run_worker
+from ..session import SessionConfig
+from ..training.worker import accelerator_for, start
 from ..model.predict import orders_of, predict_logits
 from ..training.prepare import describe, prepare
 from ..text.prompt import PromptConfig
-from ..training.loop import TrainConfig, rehearse
+from ..training.loop import rehearse
+from ..training.settings import TrainConfig
 
 # %% ../../../nbs/6_search/01_calibrate.ipynb #eed1f2a3
 @dataclass(frozen=True)
@@ -58,12 +63,12 @@ def work(run, steps=8):
     seconds = tokens.sum()*scale/speed + len(training.evaluations)*of_held/forward
     write_json(run.path/'calibration.json', asdict(Calibration(speed, forward if math.isfinite(forward) else 0., len(tokens), float(tokens.sum()*scale), len(training.evaluations), seconds, peak_memory_gb(), len(done))))
 
-def calibrate(train_csv, model, prompt=None, cfg=TrainConfig(), competition=None, steps=8):
+def calibrate(train_csv, model, prompt=PromptConfig(), cfg=TrainConfig(), competition='', steps=8):
     "The `Calibration` of a training on this machine (one process), from `steps` real steps; takes as long as its start, and keeps nothing but the caches."
     with tempfile.TemporaryDirectory() as folder:
-        run = prepare(Path(folder)/'run', describe(train_csv, model, prompt or PromptConfig(tokenizer=model.path, head=model.head), cfg, competition))
-        code, tail = launch('underdog.search.calibrate', [run.path, steps], run.path/'calibrate.log', processes=1)
-        if code: raise (RuntimeError if 'Traceback' in tail else UserError)(f'calibration ended with code {code}; the end of its log:\n{tail}')
+        run = prepare(Path(folder)/'run', describe(train_csv, model, prompt, cfg, competition))
+        code, tail = launch('underdog.search.calibrate', [run.path, steps], run.path/'calibrate.log', SessionConfig(processes=1))
+        raise_failed('calibration', code, tail)
         return Calibration(**read_json(run.path/'calibration.json'))
 
 # %% ../../../nbs/6_search/01_calibrate.ipynb #d621295f

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import UserError, convert, nearest, read_record, resolve_input
+from ..core import UserError, convert, nearest, read_record
+from ..machine import resolve_input
+from ..session import TRAINING_HOURS
 
 # %% ../../../nbs/6_search/00_estimate.ipynb #93259723
 @dataclass(frozen=True)
@@ -116,14 +118,13 @@ def lmsys_lengths(n=LMSYS_ROWS, seed=0):
 
 def csv_lengths(path, tokenizer=None):
     "(n, 3) tokens of a competition file: counted with the `tokenizer` (a folder), else characters/4."
-    from underdog.data.rows import read_rows
-    from underdog.text.prompt import COLUMNS
+    from underdog.data.rows import TEXTS, read_rows
     df, _ = read_rows(path)
-    if tokenizer is None: return np.array([[sum(map(len, turns))/CHARS_PER_TOKEN for turns in row] for row in df[list(COLUMNS)].itertuples(index=False)])
+    if tokenizer is None: return np.array([[sum(map(len, turns))/CHARS_PER_TOKEN for turns in row] for row in df[list(TEXTS)].itertuples(index=False)])
     from transformers import AutoTokenizer
     tok = AutoTokenizer.from_pretrained(resolve_input(tokenizer))
     count = lambda texts: [len(i) for i in tok(texts, add_special_tokens=False)['input_ids']]
-    return np.array([count(['\n'.join(turns) for turns in df[c]]) for c in COLUMNS], float).T
+    return np.array([count(['\n'.join(turns) for turns in df[c]]) for c in TEXTS], float).T
 
 # %% ../../../nbs/6_search/00_estimate.ipynb #ff76ecc2
 @dataclass(frozen=True)
@@ -269,7 +270,7 @@ class Line:
     unit: str
     formula: str
 
-def make_plan(shape, acc, recipe=Recipe(), lengths=None, test_rows=25_000, session_h=11.5, quota_h=30., efficiency=EFFICIENCY):
+def make_plan(shape, acc, recipe=Recipe(), lengths=None, test_rows=25_000, session_h=TRAINING_HOURS, quota_h=30., efficiency=EFFICIENCY):
     "The `Line`s of a plan for rows of `lengths` (n, 3; default: LMSYS). `UserError` when it does not fit, which says what would."
     lengths = lmsys_lengths() if lengths is None else np.asarray(lengths, float)
     if not len(lengths): raise UserError('no rows to plan for')

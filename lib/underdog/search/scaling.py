@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import RunFolder, UserError, read_table
+from ..core import UserError, read_table
+from ..runfolder import RunFolder
 
 # %% ../../../nbs/6_search/04_scaling.ipynb #278434df
 EXPONENTS = np.geomspace(.05, 1.5, 60)   # what c may be
@@ -103,9 +104,9 @@ def run_point(folder, by='rows'):
     "(settings, n, held-out log loss of each row with its prompt's group, hours) of a finished run with held-out rows; n are rows learned from or, `by` 'steps', optimizer steps."
     run = RunFolder.open(folder)
     if run.status['state'] != 'finished' or not run.oof_file.is_file(): raise UserError(f"{run.path}: {run.status['state']}, or without held-out rows; only finished runs of one fold tell something")
-    from underdog.inference.blend import row_log_loss
+    from underdog.data.metrics import row_log_loss
     from underdog.data.competition import get_competition
-    from underdog.training.prepare import columns
+    from underdog.runfolder import columns
     comp = get_competition(run.config['competition'])
     oof = read_table(run.oof_file, ['id', 'group', *columns('y', comp), *columns('p', comp)]).set_index('id')
     oof['loss'] = row_log_loss(oof[columns('y', comp)].to_numpy(), oof[columns('p', comp)].to_numpy())

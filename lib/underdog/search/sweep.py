@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
-from ..core import RunFolder, UserError, fingerprint, nearest, write_json
+from ..core import UserError, fingerprint, nearest, write_json
+from ..runfolder import RunFolder
 from ..kernels import check_parameters, find_kernel, kernel_parameters
-from ..session import alive, locked, span
+from ..session import alive, duration, locked
 
 # %% ../../../nbs/6_search/02_sweep.ipynb #fae4cdfc
 @dataclass(frozen=True)
@@ -281,7 +282,7 @@ def progress(table, name, sweep):
     row = table.set_index('trial').loc[name]
     ended, best = table['state'].isin(['complete', 'pruned', 'failed']).sum(), table[table['state'] == 'complete']['loss'].min()
     settings = ', '.join(f'{k}={row[k]:.3g}' if isinstance(row[k], float) else f'{k}={row[k]}' for k in sweep.space)
-    spent = f"{span(row['gpu_s'])} of GPU" if row['gpu_s'] else f"{span(row['cpu_s'])} of CPU"
+    spent = f"{duration(row['gpu_s'])} of GPU" if row['gpu_s'] else f"{duration(row['cpu_s'])} of CPU"
     return f"{ended:>3} of {min(sweep.trials, grid_size(sweep))}  {settings}: {row['state']}  {row['loss']:.4f}  {spent}  best {best:.4f}".replace('nan', '-')
 
 def trials_table(study):
