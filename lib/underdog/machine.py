@@ -29,7 +29,7 @@ def kaggle_root():
     return Path(os.environ.get('UNDERDOG_KAGGLE', '/kaggle'))
 
 def cache_folder():
-    "For what can be made again: $UNDERDOG_CACHE, on Kaggle /kaggle/tmp (not saved with the output), else the user's cache."
+    "For what can be made again: $UNDERDOG_CACHE; on Kaggle /kaggle/tmp (which is not saved); else the user's cache."
     if os.environ.get('UNDERDOG_CACHE'): return Path(os.environ['UNDERDOG_CACHE'])
     return kaggle_root()/'tmp'/'underdog' if on_kaggle() else Path.home()/'.cache'/'underdog'
 
@@ -56,7 +56,9 @@ def resolve_input(spec, root=None):
     raise UserError(f'{spec}: no such file or folder{there}; check the path, or attach the dataset to the kernel')
 
 def _mounts(rest):
-    "Patterns under /kaggle/input that may hold `rest`, the surest first; a named owner is honoured where the layout has owners."
+    """Patterns under /kaggle/input that may hold `rest`, the surest first.
+
+    A named owner is honoured where the layout has owners."""
     kind, _, tail = rest.partition('/')
     if kind not in _KINDS or not tail: kind, tail = '', rest
     yield escape(rest)

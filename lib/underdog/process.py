@@ -16,9 +16,10 @@ from .session import SessionConfig
 
 # %% ../../nbs/03_process.ipynb #03ee8055
 def _command(module, session):
-    "(the command line of `python -m module`, under torchrun for several processes or machines; processes on this machine)."
+    "(command line of `python -m module`, processes on this machine); torchrun starts several processes or machines."
     processes = session.processes or max(1, gpu_count())
     command = [sys.executable, '-u']
+    # several processes: torchrun, whose machines meet at the rendezvous
     if processes*session.machines > 1:
         meet = ['--standalone']
         if session.machines > 1:
@@ -41,13 +42,14 @@ def _environment(processes):
 
 # %% ../../nbs/03_process.ipynb #dd1b1a6f
 def launch(module, args, log_file, session=SessionConfig(), stop_file=None, keep=(), end=math.inf):
-    """Run `python -m module args` as a child; returns (exit code, end of its output), which is appended to `log_file` and shown.
+    """Run `python -m module args` as a child; returns (exit code, end of its output).
 
-    Under torchrun where `session` has several processes (0: one per GPU) or machines. SIGTERM or Ctrl-C makes `stop_file`, on
-    which the child ends in order; the second one kills it, as does the time.monotonic `end`. It inherits the descriptors `keep`."""
+    The output is shown and appended to `log_file`. Several processes (`session.processes`; 0: one per GPU) or machines
+    are started by torchrun. SIGTERM or Ctrl-C makes `stop_file`, on which the child ends in order; the second one kills
+    it, as does the `time.monotonic` `end`. The child inherits the descriptors `keep`."""
     command, processes = _command(module, session)
     with open(log_file, 'ab') as log, open(log_file, 'rb') as shown:
-        shown.seek(0, os.SEEK_END)
+        shown.seek(0, os.SEEK_END)   # what earlier children wrote is not shown again
         child = subprocess.Popen([*command, *map(str, args)], stdout=log, stderr=subprocess.STDOUT,
                                  env=_environment(processes), pass_fds=keep, start_new_session=True)
         with _forwarding(child, stop_file): tail = _follow(child, shown, end)
@@ -69,7 +71,9 @@ def _follow(child, shown, end):
 
 @contextmanager
 def _forwarding(child, stop_file):
-    "While it lasts, the first SIGTERM or SIGINT makes `stop_file` (without one: ends the child), the second kills child and children."
+    """While it lasts, the first SIGTERM or SIGINT makes `stop_file`, the second kills the child and its children.
+
+    Without a `stop_file` the first one ends the child."""
     asked = []
     def forward(number, frame):
         if asked: os.killpg(child.pid, signal.SIGKILL)
@@ -85,7 +89,9 @@ def _forwarding(child, stop_file):
 
 # %% ../../nbs/03_process.ipynb #30ab03b3
 def run_worker(work, *args, failed=lambda reason: None):
-    "`work(*args)`, for the end of a module: on failure `failed(reason)` is called, a `UserError` prints one line, exit code 1."
+    """Call `work(*args)`, for the end of a module: a failure calls `failed(reason)` and is exit code 1.
+
+    A `UserError` prints one line, everything else its traceback, too."""
     try: work(*args)
     except Exception as e:
         reason = str(e) if isinstance(e, UserError) else f'{type(e).__name__}: {e}'
@@ -103,7 +109,7 @@ def end_with(parent):
     threading.Thread(target=watch, daemon=True).start()
 
 def raise_failed(what, code, tail):
-    "`UserError` for a child that ended with a message, `RuntimeError` for one with a traceback, nothing for exit code 0."
+    "Raise `UserError` for a child that ended with a message, `RuntimeError` for a traceback, nothing for exit code 0."
     if not code: return
     kind = RuntimeError if 'Traceback' in tail else UserError
     raise kind(f'{what} ended with code {code}; the end of its log:\n{tail}')

@@ -10,12 +10,13 @@ import json, shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from .core import UserError, append_line, atomic_path, atomic_write, read_lines, read_record, read_table, write_json
+from .core import (
+    UserError, append_line, atomic_path, atomic_write, read_lines, read_record, read_table, write_json)
 from .machine import resolve_input
 
 # %% ../../nbs/04_runfolder.ipynb #562db827
 def columns(prefix, comp):
-    "Names of the columns of a prediction or of the labels: '<prefix>_<class>' for each class of the competition `comp`."
+    "Columns of a prediction or of the labels: '<prefix>_<class>' for each class of the competition `comp`."
     return [f'{prefix}_{c}' for c in comp.classes]
 
 # %% ../../nbs/04_runfolder.ipynb #26f7ca17
@@ -56,11 +57,13 @@ class RunFolder:
         if not run.config_file.is_file():
             raise UserError(f'{run.path}: not a run folder (no config.json); give the folder that training wrote')
         config = run.config
+        # what no stage can do without
         missing = [k for k in ('model', 'prompt', 'template_hash', 'base_hash', 'competition') if k not in config]
         for part, names in _NEEDED.items():
             if config.get(part): missing += [f'{part}.{k}' for k in names if not isinstance(config[part].get(k), str)]
         if missing:
-            raise UserError(f"{run.config_file}: lacks {', '.join(missing)} (build {config.get('build_id', 'unknown')}); "
+            build = config.get('build_id', 'unknown')
+            raise UserError(f"{run.config_file}: lacks {', '.join(missing)} (build {build}); "
                             'train again with this version')
         return run
 
@@ -81,7 +84,9 @@ class RunFolder:
             with atomic_path(Path(target)/name) as tmp: shutil.copyfile(f, tmp)
 
     @property
-    def exists(self): return self.config_file.is_file()
+    def exists(self):
+        "True once the settings are written, which is what makes a folder a run."
+        return self.config_file.is_file()
 
     @property
     def trained(self):
@@ -108,7 +113,7 @@ class RunFolder:
     def change_status(self, state, reason=''):
         "Another `state`, with the step and the time that are noted."
         status = self.status
-        self.set_status(state, status['step'], status['of'], reason, status['elapsed_s'])
+        self.set_status(state, status['step'], status['of'], reason=reason, elapsed_s=status['elapsed_s'])
 
     def log(self, **metrics):
         "Append one line to metrics.jsonl."

@@ -28,7 +28,7 @@ class Clock:
 
     @classmethod
     def hours(cls, limit, since=None):
-        "The clock of a session of `limit` hours (0: no limit) that began at `since`, a `time.monotonic`; now if left out."
+        "The clock of a session of `limit` hours (0: no limit) that began at `since`, a `time.monotonic` (None: now)."
         if not 0 <= limit < math.inf: raise UserError(f'time_limit={limit}: hours, or 0 for no limit')
         began = time.monotonic() if since is None else since
         return cls(began + 3600*limit if limit else math.inf)
@@ -57,14 +57,15 @@ class SessionConfig(Settings):
     processes: int = 0          # 0: one per GPU, or one on a CPU
     machines: int = 1           # run the same command on each of them
     rendezvous: str = ''        # where several machines meet: host:port of one of them
-    time_limit: float = -1.     # hours after which it saves and ends in order; -1: Kaggle's on Kaggle, none elsewhere; 0: none
+    time_limit: float = -1.     # hours until it saves and ends in order; 0: none; -1: Kaggle's there, none elsewhere
     save_minutes: float = 15.   # between checkpoints
     resume_from: str = ''       # unfinished run folder of another session, which may be read-only
     restart: bool = False       # throw away what the run folder holds
     began: float | None = None  # `time.monotonic` at which the session began; now if left out
 
     def __post_init__(self):
-        if self.processes < 0: raise UserError(f'processes={self.processes}: a number of processes, or 0 for one per GPU')
+        if self.processes < 0:
+            raise UserError(f'processes={self.processes}: a number of processes, or 0 for one per GPU')
         if self.machines < 1 or (self.machines > 1 and not re.fullmatch(r'\S+:\d+', self.rendezvous)):
             raise UserError(f'machines={self.machines}, rendezvous={self.rendezvous!r}: for several machines give '
                             "host:port of one of them, such as '10.0.0.5:29500'")
@@ -96,13 +97,15 @@ class Session:
         return self
 
     def asked(self, need=0.0):
-        "Why to stop, '' if not: a signal, the stop file, or less time than the next `need` seconds and two checkpoints take."
+        "Why to stop, '' if not: asked to, or less time left than the next `need` seconds and two checkpoints take."
         if self.signalled: return f'stopped by {self.signalled}'
         if self.stop_file and self.stop_file.exists(): return 'stopped on request'
         if self.parent and not alive(self.parent): return 'stopped as the process that started it is gone'
         return 'stopped by the time limit' if self.clock.left < need + 2*self.save_s else ''
 
-    def save_due(self): return time.monotonic() - self.saved > self.save_every
+    def save_due(self):
+        "Is it `save_every` seconds since the last checkpoint?"
+        return time.monotonic() - self.saved > self.save_every
 
     @contextmanager
     def saving(self):
@@ -136,15 +139,18 @@ def locked(folder, wait=0.):
     Path(folder).mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + wait
     with open(Path(folder)/'.lock', 'a+') as f:
+        # wait for the other one, whose name is in the file
         while not _lock(f):
             f.seek(0)
             if time.monotonic() >= end:
                 raise UserError(f'{folder}: process {f.read().strip() or "another"} is at work there; '
                                 'wait for it, stop it, or give another folder')
             time.sleep(.1)
+        # write our own name
         f.truncate(0)
         f.write(f'{os.getpid()} on {socket.gethostname()}\n')
         f.flush()
+        # the lock is held until the file is closed
         yield f.fileno()
 
 def _lock(file):

@@ -46,13 +46,15 @@ def _check_ids(ids, wanted, where):
                         f"the sample ({', '.join(extra[:3])}); predict the same test.csv")
 
 def write_submission(path, ids, probs, comp, sample=None):
-    "Check and write a submission (`probs` (n, C)) in the order of the `sample` file, atomically; returns the DataFrame."
+    "Check and write a submission (`probs` (n, C)) in the order of the `sample` file, atomically; returns its table."
     ids, probs = [str(i) for i in ids], np.asarray(probs, float)
     _check_probabilities(ids, probs, path)
+    # the rows of the sample, in its order
     if sample is not None:
         wanted = _sample_ids(sample, comp)
         _check_ids(ids, wanted, path)
         ids, probs = wanted, probs[pd.Index(ids).get_indexer(wanted)]
+    # a column per class, or the name of the winner
     table = pd.DataFrame({'id': ids})
     if comp.metric == 'accuracy': table['winner'] = np.where(probs[:, 0] >= probs[:, 1], 'model_a', 'model_b')
     else: table[list(comp.label_columns)] = probs/probs.sum(1, keepdims=True)
@@ -65,12 +67,14 @@ def check_submission(path, comp, sample=None):
     path = resolve_input(path)
     ids = _sample_ids(path, comp)
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    # the ids of the sample, in its order
     if sample is not None:
         wanted = _sample_ids(sample, comp)
         _check_ids(ids, wanted, path)
         if ids != wanted:
             row = 1 + next(i for i, (a, b) in enumerate(zip(ids, wanted)) if a != b)
             raise UserError(f'{path}: row {row}: the ids are not in the order of the sample; write it again')
+    # winners, or probabilities
     if comp.metric == 'accuracy':
         bad = ~table['winner'].isin(['model_a', 'model_b'])
         if bad.any():
