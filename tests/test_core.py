@@ -217,7 +217,6 @@ def test_competitions_are_found_by_name_slug_and_columns():
     for c in COMPETITIONS:
         assert get_competition(c.name) is c and get_competition(c.slug) is c
         assert c.submission_columns[0] == 'id' and len(c.label_columns) in (1, c.n_classes)
-        assert c.swap_columns[c.swap_columns].tolist() == list(range(c.n_classes))
     with pytest.raises(UserError, match='did you mean lmsys'): get_competition('lmsis')
     assert detect_competition(['id', 'prompt', *LMSYS.label_columns]) is LMSYS
     assert detect_competition(['id', 'prompt', 'winner']) is WSDM and detect_competition(['id', 'prompt']) is LMSYS

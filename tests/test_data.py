@@ -2,6 +2,7 @@
 import csv
 import io
 import json
+from collections import Counter
 
 import numpy as np
 import pandas as pd
@@ -9,10 +10,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from underdog.data.competition import LLM_FINETUNING, LMSYS, WSDM
 from underdog.core import UserError
+from underdog.data.competition import LLM_FINETUNING, LMSYS, WSDM
+from underdog.data.csvfile import repair
 from underdog.data.folds import find_duplicates, labels_of, make_folds, prompt_groups, swap_probs, swap_rows
-from underdog.data.rows import TEXTS, data_hash, read_rows, repair, write_rows
+from underdog.data.rows import TEXTS, data_hash, read_rows, write_rows
 
 HEAD = 'id,model_a,model_b,prompt,response_a,response_b,winner_model_a,winner_model_b,winner_tie\n'
 slow_ok = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
@@ -149,10 +151,10 @@ def test_nul_characters_are_removed_and_counted(read):
 
 @given(st.text(st.characters(categories=None)))
 def test_repair_gives_text_that_can_be_encoded(text):
-    counts = {}
-    got = repair(text, counts)
-    assert '\0' not in got and got.encode() is not None
-    assert repair(got, {}) == got and (got == text) == (not counts)
+    counts = Counter()
+    repaired = repair(text, counts)
+    assert '\0' not in repaired and repaired.encode() is not None
+    assert repair(repaired, Counter()) == repaired and (repaired == text) == (not counts)
 
 
 @pytest.mark.parametrize('ids,want', [((1, 2**32, 2**53 + 1), (1, 2**32, 2**53 + 1)), (('1.0', '2.0', '30'), (1, 2, 30)), (('a', '1.0', '2'), ('a', '1.0', '2')),

@@ -8,59 +8,94 @@ __all__ = ['find_kernel', 'kernel_parameters', 'check_parameters', 'run_kernel']
 # %% ../../nbs/05_kernels.ipynb #4431cd90
 import ast, json, sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from .core import UserError, convert, nearest
+from .core import UserError, convert, first_line, nearest
+from .machine import library_root
 from .process import end_with
 
-# %% ../../nbs/05_kernels.ipynb #5a7943c9
+# %% ../../nbs/05_kernels.ipynb #c89899ff
 def find_kernel(name):
-    "Path of a kernel notebook: a path to an .ipynb, or the name of one in nbs/kernels of the checkout."
+    """Path of a kernel notebook: `name` is a path to an .ipynb, or the name of one in nbs/kernels.
+
+    Kernels beside the library come first, then those of the working directory; `UserError` where neither has it."""
     path = Path(name)
     if path.suffix == '.ipynb':
         if path.is_file(): return path
         raise UserError(f'{name}: no such notebook')
-    import underdog
-    folders = [p/'nbs'/'kernels' for p in (*Path(underdog.__file__).resolve().parents, Path.cwd())]
-    known = {f.stem: f for folder in folders for f in sorted(folder.glob('*.ipynb'))} if any(f.is_dir() for f in folders) else {}
-    if name not in known: raise UserError(f'no kernel {name!r}: {nearest(name, known) if known else "run from a checkout, or give the path of an .ipynb"}')
-    return known[name]
 
+    # the first folder that has a name keeps it
+    known = {}
+    for folder in (_checkout()/'nbs'/'kernels', Path.cwd()/'nbs'/'kernels'):
+        for file in sorted(folder.glob('*.ipynb')): known.setdefault(file.stem, file)
+
+    if name in known: return known[name]
+    hint = nearest(name, known) if known else 'run from a checkout, or give the path of an .ipynb'
+    raise UserError(f'no kernel {name!r}: {hint}')
+
+def _checkout():
+    "The folder that holds nbs/: above lib/ in a checkout; in an upload to Kaggle the library lies beside nbs/."
+    root = library_root()
+    return root.parent if root.name == 'lib' else root
+
+# %% ../../nbs/05_kernels.ipynb #8dbbfce2
+class Parameter(NamedTuple):
+    "What the parameters cell says of one name."
+    default: Any
+    comment: str
+
+# %% ../../nbs/05_kernels.ipynb #5a7943c9
 def kernel_parameters(path):
     "{name: (default, comment)} of the cell tagged `parameters`; defaults must be plain values."
     import nbformat
     try: nb = nbformat.read(path, 4)
-    except Exception as e: raise UserError(f'{path}: not a notebook ({str(e).splitlines()[0]})') from None
+    except Exception as e: raise UserError(f'{path}: not a notebook ({first_line(e)})') from None
     cells = [c for c in nb.cells if c.cell_type == 'code' and 'parameters' in c.metadata.get('tags', [])]
     if len(cells) != 1: raise UserError(f'{path}: {len(cells)} cells are tagged parameters; tag exactly one')
-    lines, out = cells[0].source.splitlines(), {}
-    for node in ast.parse(cells[0].source).body:
-        if not isinstance(node, ast.Assign): raise UserError(f'{path}: line {node.lineno} of the parameters cell is not `name = value`')
+
+    # an assignment per parameter, and what stands behind it on its last line
+    source = cells[0].source
+    lines, parameters = source.splitlines(), {}
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.Assign):
+            raise UserError(f'{path}: line {node.lineno} of the parameters cell is not `name = value`')
         comment = lines[node.end_lineno - 1][node.end_col_offset:].strip().lstrip('#').strip()
-        out[node.targets[0].id] = (ast.literal_eval(node.value), comment)
-    return out
+        parameters[node.targets[0].id] = Parameter(ast.literal_eval(node.value), comment)
+    return parameters
 
 def check_parameters(path, given):
     "`given` with each value as the type of the kernel's default; an unknown name or a wrong type raises `UserError`."
-    known, out = kernel_parameters(path), {}
+    known, checked = kernel_parameters(path), {}
     for name, value in given.items():
         if name not in known: raise UserError(f'{Path(path).name} has no parameter {name!r}: {nearest(name, known)}')
-        default = known[name][0]
-        out[name] = value if default is None and not isinstance(value, str) else convert(value, float | None if default is None else type(default), name)
-    return out
+        default = known[name].default
+        if default is not None: checked[name] = convert(value, type(default), name)
+        # a default of None does not tell the type; text stands for a number
+        elif isinstance(value, str): checked[name] = convert(value, float | None, name)
+        else: checked[name] = value
+    return checked
 
-# %% ../../nbs/05_kernels.ipynb #c89899ff
+# %% ../../nbs/05_kernels.ipynb #35fd2c3d
 def run_kernel(name, parameters, out):
-    "Execute a kernel with checked `parameters`; the executed notebook is written to `out`/<kernel>.ipynb, whose path is returned. A failed kernel raises."
+    """Execute a kernel with checked `parameters`; returns the path of the executed notebook, `out`/<kernel>.ipynb.
+
+    A kernel that ends with a `UserError` raises it here, any other failure is a `RuntimeError`."""
     import papermill as pm
+    # before anything is made: is there such a kernel, and does it have these parameters?
     path, out = find_kernel(name), Path(out)
     values = check_parameters(path, parameters)
+
     out.mkdir(parents=True, exist_ok=True)
     target = out/f'{path.stem}.ipynb'
     print(f'== {path.stem} ==', flush=True)
-    try: pm.execute_notebook(path, target, values, kernel_name='python3', progress_bar=False, log_output=True, stdout_file=sys.stdout, stderr_file=sys.stderr, extra_arguments=['--log-level=ERROR'])
+    try:
+        pm.execute_notebook(path, target, values, kernel_name='python3', progress_bar=False,
+                            log_output=True, stdout_file=sys.stdout, stderr_file=sys.stderr,
+                            extra_arguments=['--log-level=ERROR'])
     except pm.PapermillExecutionError as e:
         if e.ename == 'UserError': raise UserError(e.evalue) from None
-        raise RuntimeError(f'{path.stem}: {e.ename}: {e.evalue} (cell {e.exec_count}; the executed notebook is {target})') from None
+        raise RuntimeError(f'{path.stem}: {e.ename}: {e.evalue} '
+                           f'(cell {e.exec_count}; the executed notebook is {target})') from None
     return target
 
 # %% ../../nbs/05_kernels.ipynb #14c3cd88
