@@ -1,4 +1,4 @@
-"core and competition: atomic files, values from text, Kaggle's mounts, the run folder."
+"The ground: atomic files, values from text, Kaggle's mounts, kernels, the run folder, competitions."
 import json
 from dataclasses import dataclass, field
 
@@ -7,14 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from underdog import kernels
+from underdog.core import (
+    UserError, atomic_path, atomic_write, build_id, coerce, file_hash, fingerprint, read_json, versions, write_json)
 from underdog.data.competition import COMPETITIONS, LLM_FINETUNING, LMSYS, WSDM, detect_competition, get_competition
-from underdog.core import UserError, atomic_path, atomic_write, build_id, coerce, file_hash, fingerprint, read_json, versions, write_json
+from underdog.kernels import check_parameters, find_kernel, kernel_parameters
 from underdog.machine import on_kaggle, pick_dtype, resolve_input, seed_everything
 from underdog.runfolder import RunFolder
 
 
 @dataclass(frozen=True)
-class Settings:
+class Example:
     path: str
     lr: float = 1e-4
     rank: int = 16
@@ -50,9 +53,11 @@ def test_json_is_numpy_safe_and_a_broken_file_is_named(tmp_path):
     assert read_json(tmp_path/'a.json') | {'path': 0} == dict(loss=.5, n=3, y=[[1, 0], [0, 1]], name='é\n', path=0)
     with pytest.raises(TypeError): write_json(tmp_path/'a.json', dict(x=object()))
     assert read_json(tmp_path/'a.json')['n'] == 3   # the failed write has not touched it
-    for name, content in (('missing.json', None), ('half.json', b'{"a": '), ('bytes.json', b'\xff\xfe'), ('deep.json', b'['*100_000)):
-        if content is not None: (tmp_path/name).write_bytes(content)
+    broken = {'half.json': b'{"a": ', 'bytes.json': b'\xff\xfe', 'deep.json': b'['*100_000}
+    for name, content in broken.items():
+        (tmp_path/name).write_bytes(content)
         with pytest.raises(UserError, match=name): read_json(tmp_path/name)
+    with pytest.raises(UserError, match='missing.json: no such file'): read_json(tmp_path/'missing.json')
     with pytest.raises(UserError): read_json(tmp_path)
 
 
@@ -60,13 +65,18 @@ def test_json_is_numpy_safe_and_a_broken_file_is_named(tmp_path):
 def test_fingerprint_is_stable_and_separates_parts():
     assert fingerprint('ab', 'c') != fingerprint('a', 'bc') != fingerprint('abc')
     assert fingerprint({'b': 1, 'a': 2}) == fingerprint({'a': 2, 'b': 1})
-    assert fingerprint(np.arange(3)) != fingerprint(np.arange(3.)) and fingerprint(np.zeros((2, 3))) != fingerprint(np.zeros((3, 2)))
-    assert fingerprint(np.array(['a', 'bc'], object)) == fingerprint(np.array([''.join('a'), ''.join(['b', 'c'])], object))   # values, not addresses
+    assert fingerprint(np.arange(3)) != fingerprint(np.arange(3.))
+    assert fingerprint(np.zeros((2, 3))) != fingerprint(np.zeros((3, 2)))
+    # of objects the values count, not their addresses
+    other = ''.join(['b', 'c'])
+    assert fingerprint(np.array(['a', 'bc'], object)) == fingerprint(np.array(['a', other], object))
     assert len(fingerprint('\ud83d')) == 16
 
 
 def test_file_hash_depends_on_content_only(tmp_path):
-    for name, content in (('a', b'x'*300_000), ('b', b'x'*300_000), ('c', b'x'*299_999 + b'y')): (tmp_path/name).write_bytes(content)
+    (tmp_path/'a').write_bytes(b'x'*300_000)
+    (tmp_path/'b').write_bytes(b'x'*300_000)
+    (tmp_path/'c').write_bytes(b'x'*299_999 + b'y')
     assert file_hash(tmp_path/'a') == file_hash(tmp_path/'b') != file_hash(tmp_path/'c')
 
 
@@ -76,65 +86,97 @@ def test_versions_and_build_id_are_plain_text():
 
 
 # ---- coerce
-@pytest.mark.parametrize('name,text,value', [('lr', '1e-5', 1e-5), ('lr', 3, 3.0), ('lr', np.float32(.5), .5), ('rank', '8', 8), ('rank', 8.0, 8), ('rank', '1e2', 100),
-    ('rank', str(2**60 + 1), 2**60 + 1), ('rank', np.int64(4), 4), ('rank', '-3', -3), ('layers', None, None), ('layers', 'None', None), ('layers', '', None), ('layers', '6', 6),
-    ('merge', 'true', True), ('merge', 'False', False), ('merge', 1, True), ('merge', '0', False), ('path', '', '')])
+@pytest.mark.parametrize('name,text,value', [
+    ('lr', '1e-5', 1e-5), ('lr', 3, 3.0), ('lr', np.float32(.5), .5),
+    ('rank', '8', 8), ('rank', 8.0, 8), ('rank', '1e2', 100), ('rank', str(2**60 + 1), 2**60 + 1),
+    ('rank', np.int64(4), 4), ('rank', '-3', -3),
+    ('layers', None, None), ('layers', 'None', None), ('layers', '', None), ('layers', '6', 6),
+    ('merge', 'true', True), ('merge', 'False', False), ('merge', 1, True), ('merge', '0', False),
+    ('path', '', '')])
 def test_coerce_understands_text(name, text, value):
-    got = getattr(coerce(Settings, {'path': 'p', name: text}), name)
-    assert got == value and type(got) is type(value)
+    result = getattr(coerce(Example, {'path': 'p', name: text}), name)
+    assert result == value and type(result) is type(value)
 
 
-@pytest.mark.parametrize('name,bad', [('lr', 'fast'), ('lr', True), ('lr', [1]), ('lr', None), ('rank', 2.5), ('rank', '2.5'), ('rank', 'nan'), ('rank', 'inf'), ('rank', '--3'),
-    ('rank', True), ('rank', ''), ('layers', 'many'), ('merge', 'yes please'), ('merge', 2), ('path', 4), ('path', None)])
+@pytest.mark.parametrize('name,bad', [
+    ('lr', 'fast'), ('lr', True), ('lr', [1]), ('lr', None),
+    ('rank', 2.5), ('rank', '2.5'), ('rank', 'nan'), ('rank', 'inf'), ('rank', '--3'), ('rank', True), ('rank', ''),
+    ('layers', 'many'), ('merge', 'yes please'), ('merge', 2), ('path', 4), ('path', None)])
 def test_coerce_refuses_and_names_the_setting(name, bad):
-    with pytest.raises(UserError, match=f'^{name}='): coerce(Settings, {'path': 'p', name: bad})
+    with pytest.raises(UserError, match=f'^{name}='): coerce(Example, {'path': 'p', name: bad})
 
 
 def test_coerce_names_unknown_and_missing_settings():
-    with pytest.raises(UserError, match="unknown setting 'rnak'.*did you mean rank"): coerce(Settings, dict(path='p', rnak=8))
-    with pytest.raises(UserError, match='needs path'): coerce(Settings, dict(lr=1))
+    with pytest.raises(UserError, match="unknown setting 'rnak'.*did you mean rank"):
+        coerce(Example, dict(path='p', rnak=8))
+    with pytest.raises(UserError, match='needs path'): coerce(Example, dict(lr=1))
 
 
 @given(st.floats(allow_nan=False), st.integers(-10**30, 10**30))
 def test_coerce_reads_back_what_repr_writes(lr, rank):
-    got = coerce(Settings, dict(path='p', lr=repr(lr), rank=repr(rank)))
-    assert (got.lr, got.rank) == (lr, rank)
+    config = coerce(Example, dict(path='p', lr=repr(lr), rank=repr(rank)))
+    assert (config.lr, config.rank) == (lr, rank)
 
 
-@given(st.dictionaries(st.sampled_from(['path', 'lr', 'rank', 'layers', 'merge', 'zzz']), st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.lists(st.integers()))))
+NAMES = st.sampled_from(['path', 'lr', 'rank', 'layers', 'merge', 'zzz'])
+VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.integers())
+
+
+@given(st.dictionaries(NAMES, VALUES))
 def test_coerce_never_raises_anything_but_user_error(values):
-    try: coerce(Settings, values)
+    try: coerce(Example, values)
     except UserError: pass
 
 
 # ---- inputs
+MOUNTED = ('datasets/ann/lmsys-runs/run-1', 'competitions/wsdm-cup', 'old-slug/sub', 'notebooks/bob/train',
+           'models/google/gemma-2/transformers/2b-it/2', 'old-model/transformers/2b/1')
+
+
 @pytest.fixture
 def mounts(tmp_path):
+    "An input folder with both layouts of Kaggle."
     root = tmp_path/'input'
-    for d in ('datasets/ann/lmsys-runs/run-1', 'competitions/wsdm-cup', 'old-slug/sub', 'notebooks/bob/train', 'models/google/gemma-2/transformers/2b-it/2',
-              'old-model/transformers/2b/1'): (root/d).mkdir(parents=True)
+    for folder in MOUNTED: (root/folder).mkdir(parents=True)
     (root/'competitions/wsdm-cup/train.parquet').touch()
     return root
 
 
-@pytest.mark.parametrize('spec,found', [('ann/lmsys-runs', 'datasets/ann/lmsys-runs'), ('lmsys-runs', 'datasets/ann/lmsys-runs'), ('lmsys-runs/run-1', 'datasets/ann/lmsys-runs/run-1'),
-    ('ann/lmsys-runs/run-1/', 'datasets/ann/lmsys-runs/run-1'), ('datasets/ann/lmsys-runs', 'datasets/ann/lmsys-runs'), ('wsdm-cup', 'competitions/wsdm-cup'),
-    ('competitions/wsdm-cup/train.parquet', 'competitions/wsdm-cup/train.parquet'), ('wsdm-cup/train.parquet', 'competitions/wsdm-cup/train.parquet'), ('old-slug', 'old-slug'),
-    ('carl/old-slug/sub', 'old-slug/sub'), ('datasets/carl/old-slug', 'old-slug'), ('competitions/old-slug', 'old-slug'), ('bob/train', 'notebooks/bob/train'),
-    ('google/gemma-2/transformers/2b-it/2', 'models/google/gemma-2/transformers/2b-it/2'), ('models/google/gemma-2/transformers/2b-it/2', 'models/google/gemma-2/transformers/2b-it/2'),
+@pytest.mark.parametrize('spec,path', [
+    # datasets, with and without their owner
+    ('ann/lmsys-runs', 'datasets/ann/lmsys-runs'),
+    ('lmsys-runs', 'datasets/ann/lmsys-runs'),
+    ('lmsys-runs/run-1', 'datasets/ann/lmsys-runs/run-1'),
+    ('ann/lmsys-runs/run-1/', 'datasets/ann/lmsys-runs/run-1'),
+    ('datasets/ann/lmsys-runs', 'datasets/ann/lmsys-runs'),
+    # competitions
+    ('wsdm-cup', 'competitions/wsdm-cup'),
+    ('competitions/wsdm-cup/train.parquet', 'competitions/wsdm-cup/train.parquet'),
+    ('wsdm-cup/train.parquet', 'competitions/wsdm-cup/train.parquet'),
+    # the old layout has neither kinds nor owners
+    ('old-slug', 'old-slug'),
+    ('carl/old-slug/sub', 'old-slug/sub'),
+    ('datasets/carl/old-slug', 'old-slug'),
+    ('competitions/old-slug', 'old-slug'),
+    # notebooks and models
+    ('bob/train', 'notebooks/bob/train'),
+    ('google/gemma-2/transformers/2b-it/2', 'models/google/gemma-2/transformers/2b-it/2'),
+    ('models/google/gemma-2/transformers/2b-it/2', 'models/google/gemma-2/transformers/2b-it/2'),
     ('models/meta/old-model/transformers/2b/1', 'old-model/transformers/2b/1')])
-def test_both_mount_layouts_are_found(mounts, spec, found):
-    assert resolve_input(spec, mounts) == mounts/found
-    assert resolve_input(f'{mounts}/{spec}', mounts) == mounts/found
+def test_both_mount_layouts_are_found(mounts, spec, path):
+    assert resolve_input(spec, mounts) == mounts/path
+    assert resolve_input(f'{mounts}/{spec}', mounts) == mounts/path
 
 
-@pytest.mark.parametrize('spec', ['', 'bob/lmsys-runs', 'lmsys-rums', '[', '**', 'a\0b', 'x'*5000, '~nobody-here/x', 'datasets/carl/lmsys-runs'])
+@pytest.mark.parametrize('spec', [
+    '', 'bob/lmsys-runs', 'lmsys-rums', '[', '**', 'a\0b', 'x'*5000, '~nobody-here/x', 'datasets/carl/lmsys-runs'])
 def test_what_is_not_there_is_a_user_error(mounts, spec):
     with pytest.raises(UserError): resolve_input(spec, mounts)
 
 
 def test_the_error_lists_what_is_mounted(mounts):
-    with pytest.raises(UserError, match=r'lmsys-rums.*holds: .*datasets/ann/lmsys-runs'): resolve_input('lmsys-rums', mounts)
+    with pytest.raises(UserError, match=r'lmsys-rums.*holds: .*datasets/ann/lmsys-runs'):
+        resolve_input('lmsys-rums', mounts)
 
 
 def test_a_local_path_wins(mounts, tmp_path, monkeypatch):
@@ -154,7 +196,8 @@ def test_dtype_on_cpu_is_fp32_with_a_reason_and_t4_gets_fp16(monkeypatch):
     import torch
     assert pick_dtype('cpu')[0] == torch.float32 and pick_dtype('cpu')[1]
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    for capability, dtype in (((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((6, 0), torch.float16), ((9, 0), torch.bfloat16)):
+    dtypes = {(6, 0): torch.float16, (7, 5): torch.float16, (8, 0): torch.bfloat16, (9, 0): torch.bfloat16}
+    for capability, dtype in dtypes.items():
         monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda *a, c=capability: c)
         assert pick_dtype('cuda:0')[0] == dtype
 
@@ -166,6 +209,53 @@ def test_seeding_repeats_the_draws():
         seed_everything(7)
         draws.append((np.random.rand(), torch.rand(1).item()))
     assert draws[0] == draws[1]
+
+
+# ---- kernels
+def write_kernel(path, source="name = 'a'   # what it is called\nlayers = None\nfast = False\n", tags=('parameters',)):
+    "A notebook at `path` with one cell."
+    import nbformat
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cell = nbformat.v4.new_code_cell(source, metadata={'tags': list(tags)})
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), path)
+    return path
+
+
+@pytest.mark.parametrize('library', ['lib', ''], ids=['in a checkout', 'uploaded'])
+def test_kernels_of_the_library_come_before_those_of_the_working_directory(tmp_path, monkeypatch, library):
+    "And what lies above the checkout does not count."
+    checkout, work = tmp_path/'above'/'checkout', tmp_path/'work'
+    (checkout/library).mkdir(parents=True)
+    monkeypatch.setattr(kernels, 'library_root', lambda: checkout/library)
+    write_kernel(tmp_path/'above'/'nbs'/'kernels'/'xyz.ipynb')
+    shipped = write_kernel(checkout/'nbs'/'kernels'/'train.ipynb')
+    write_kernel(work/'nbs'/'kernels'/'train.ipynb')
+    own = write_kernel(work/'nbs'/'kernels'/'own.ipynb')
+    monkeypatch.chdir(work)
+    assert find_kernel('train') == shipped and find_kernel('own') == own and find_kernel(str(own)) == own
+    with pytest.raises(UserError, match='known: train, own'): find_kernel('xyz')
+    with pytest.raises(UserError, match='no such notebook'): find_kernel('train.ipynb')
+
+
+def test_without_any_kernel_the_message_says_where_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, 'library_root', lambda: tmp_path/'site-packages')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match='run from a checkout, or give the path'): find_kernel('train')
+
+
+def test_parameters_are_read_and_checked(tmp_path):
+    path = write_kernel(tmp_path/'k.ipynb')
+    assert kernel_parameters(path) == dict(name=('a', 'what it is called'), layers=(None, ''), fast=(False, ''))
+    assert check_parameters(path, dict(layers='6', fast='true')) == dict(layers=6., fast=True)
+    assert check_parameters(path, dict(layers=6)) == dict(layers=6)
+    with pytest.raises(UserError, match="no parameter 'layer': did you mean layers"):
+        check_parameters(path, dict(layer=6))
+    with pytest.raises(UserError, match='0 cells are tagged'):
+        kernel_parameters(write_kernel(tmp_path/'bare.ipynb', tags=()))
+    with pytest.raises(UserError, match='line 2 of the parameters cell'):
+        kernel_parameters(write_kernel(tmp_path/'odd.ipynb', 'a = 1\nprint(a)'))
+    (tmp_path/'text.ipynb').write_text('not a notebook')
+    with pytest.raises(UserError, match='text.ipynb: not a notebook'): kernel_parameters(tmp_path/'text.ipynb')
 
 
 # ---- run folder
@@ -200,9 +290,12 @@ def test_a_killed_write_costs_one_line_and_not_the_next(tmp_path):
 
 def test_what_comes_after_a_checkpoint_is_cut(tmp_path):
     run = RunFolder.create(tmp_path, CONFIG)
-    for step in (1, 2, 3): run.log(step=step); run.log(step=step, eval_loss=1.)
+    for step in (1, 2, 3):
+        run.log(step=step)
+        run.log(step=step, eval_loss=1.)
     run.cut_metrics(2, evaluated=False)
-    assert run.metrics()['step'].tolist() == [1, 1, 2] and run.metrics()['eval_loss'].notna().tolist() == [False, True, False]
+    assert run.metrics()['step'].tolist() == [1, 1, 2]
+    assert run.metrics()['eval_loss'].notna().tolist() == [False, True, False]
 
 
 def test_what_is_not_a_run_folder_says_so(tmp_path):
@@ -220,4 +313,5 @@ def test_competitions_are_found_by_name_slug_and_columns():
     with pytest.raises(UserError, match='did you mean lmsys'): get_competition('lmsis')
     assert detect_competition(['id', 'prompt', *LMSYS.label_columns]) is LMSYS
     assert detect_competition(['id', 'prompt', 'winner']) is WSDM and detect_competition(['id', 'prompt']) is LMSYS
-    assert LLM_FINETUNING.slug == 'llm-classification-finetuning' and (WSDM.classes, WSDM.metric) == (('a', 'b'), 'accuracy')
+    assert LLM_FINETUNING.slug == 'llm-classification-finetuning'
+    assert (WSDM.classes, WSDM.metric) == (('a', 'b'), 'accuracy')

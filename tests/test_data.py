@@ -35,7 +35,8 @@ GOOD = HEAD + row(1) + row(2, ('p', 'q'), ('a', 'b'), ('c', 'd'), (0, 1, 0)) + r
 def read(tmp_path):
     "Reads text or bytes as train.csv."
     def read(content, **kw):
-        (tmp_path/'train.csv').write_bytes(content.encode('utf-8', 'surrogatepass') if isinstance(content, str) else content)
+        if isinstance(content, str): content = content.encode('utf-8', 'surrogatepass')
+        (tmp_path/'train.csv').write_bytes(content)
         return read_rows(tmp_path/'train.csv', **kw)
     return read
 
@@ -109,7 +110,8 @@ def test_labels_that_are_asked_for_must_be_there(read):
     with pytest.raises(UserError, match='winner_model_a'): read(unlabelled, labelled=True)
     with pytest.raises(UserError, match='no labels'): labels_of(df, LMSYS)
     assert 'a' not in read(GOOD, labelled=False)[0]
-    assert read(GOOD.replace(',1,0,0', ',7,0,0'), labelled=False)[1].rows == 3   # labels that nobody reads are nobody's problem
+    # labels that nobody reads are nobody's problem
+    assert read(GOOD.replace(',1,0,0', ',7,0,0'), labelled=False)[1].rows == 3
 
 
 # ---- what is fine, or repaired
@@ -122,8 +124,13 @@ def test_text_is_kept_to_the_letter(read):
 
 def test_line_ends_marks_blank_lines_and_spaces_in_the_header_do_not_matter(read):
     want = read(GOOD)[0]
-    for same in (GOOD.replace('\n', '\r\n'), '\ufeff' + GOOD, GOOD.replace('\n', '\n\n'), GOOD.rstrip('\n'), GOOD.replace('winner_tie', ' winner_tie ')):
-        pd.testing.assert_frame_equal(read(same)[0], want)
+    spellings = [
+        GOOD.replace('\n', '\r\n'),
+        '\ufeff' + GOOD,
+        GOOD.replace('\n', '\n\n'),
+        GOOD.rstrip('\n'),
+        GOOD.replace('winner_tie', ' winner_tie ')]
+    for same in spellings: pd.testing.assert_frame_equal(read(same)[0], want)
 
 
 def test_null_turns_are_empty_and_counted(read):
@@ -132,7 +139,9 @@ def test_null_turns_are_empty_and_counted(read):
     assert report.notes['rows with an empty answer'] == 1 and report.notes['rows with identical answers'] == 1
 
 
-@pytest.mark.parametrize('cell,want', [('["\\ud83d"]', '\ufffd'), ('["\ud83d"]', '\ufffd'), ('["a\\udc00b"]', 'a\ufffdb'), ('["\\ud83d\\ude00"]', '😀'), ('["\ud83d\ude00"]', '😀')])
+@pytest.mark.parametrize('cell,want', [
+    ('["\\ud83d"]', '\ufffd'), ('["\ud83d"]', '\ufffd'), ('["a\\udc00b"]', 'a\ufffdb'),
+    ('["\\ud83d\\ude00"]', '😀'), ('["\ud83d\ude00"]', '😀')])
 def test_lone_surrogates_are_replaced_and_pairs_joined(read, cell, want):
     df, report = read(HEAD + row(1, prompt=cell))
     assert df['prompt'][0] == [want]
@@ -141,12 +150,16 @@ def test_lone_surrogates_are_replaced_and_pairs_joined(read, cell, want):
 
 
 def test_surrogate_bytes_are_read_wherever_a_buffer_ends(read):
-    for n in range(8180, 8196): assert read(HEAD + row(1, prompt=f'["{"x"*(n - len(HEAD))}\ud83dz"]'))[0]['prompt'][0][0].endswith('x\ufffdz')
+    for n in range(8180, 8196):
+        text = 'x'*(n - len(HEAD)) + '\ud83dz'
+        df, _ = read(HEAD + row(1, prompt=f'["{text}"]'))
+        assert df['prompt'][0][0].endswith('x\ufffdz')
 
 
 def test_nul_characters_are_removed_and_counted(read):
     df, report = read(HEAD + row(1, prompt='["a\\u0000b"]', a='["c\0d"]'))
-    assert (df['prompt'][0], df['response_a'][0]) == (['ab'], ['cd']) and report.repaired == {'NUL characters removed': 2}
+    assert (df['prompt'][0], df['response_a'][0]) == (['ab'], ['cd'])
+    assert report.repaired == {'NUL characters removed': 2}
 
 
 @given(st.text(st.characters(categories=None)))
@@ -157,31 +170,48 @@ def test_repair_gives_text_that_can_be_encoded(text):
     assert repair(repaired, Counter()) == repaired and (repaired == text) == (not counts)
 
 
-@pytest.mark.parametrize('ids,want', [((1, 2**32, 2**53 + 1), (1, 2**32, 2**53 + 1)), (('1.0', '2.0', '30'), (1, 2, 30)), (('a', '1.0', '2'), ('a', '1.0', '2')),
-    (('007', '7', '8'), ('007', '7', '8')), ((2**63, 2**64, 5), (str(2**63), str(2**64), '5')), (('-1', '0', '1'), (-1, 0, 1)), (('None1', 'null', 'NA'), ('None1', 'null', 'NA'))])
+@pytest.mark.parametrize('ids,want', [
+    ((1, 2**32, 2**53 + 1), (1, 2**32, 2**53 + 1)),
+    (('1.0', '2.0', '30'), (1, 2, 30)),
+    (('a', '1.0', '2'), ('a', '1.0', '2')),
+    (('007', '7', '8'), ('007', '7', '8')),
+    ((2**63, 2**64, 5), (str(2**63), str(2**64), '5')),
+    (('-1', '0', '1'), (-1, 0, 1)),
+    (('None1', 'null', 'NA'), ('None1', 'null', 'NA'))])
 def test_ids_are_int64_where_that_loses_nothing(read, ids, want):
     df = read(HEAD + ''.join(map(row, ids)))[0]
     assert tuple(df['id'].tolist()) == want
     assert df['id'].dtype == (np.int64 if isinstance(want[0], int) else df['id'].dtype)
 
 
-@pytest.mark.parametrize('labels,want', [(('1.0', '0.0', '0'), (1, 0, 0)), ((.2, .3, .5), (.2, .3, .5)), ((.3333, .3333, .3334), (.3333, .3333, .3334)), (('1e-1', ' .4', .5), (.1, .4, .5))])
+@pytest.mark.parametrize('labels,want', [
+    (('1.0', '0.0', '0'), (1, 0, 0)),
+    ((.2, .3, .5), (.2, .3, .5)),
+    ((.3333, .3333, .3334), (.3333, .3333, .3334)),
+    (('1e-1', ' .4', .5), (.1, .4, .5))])
 def test_float_and_soft_labels(read, labels, want):
     df = read(HEAD + row(1, labels=labels))[0]
     y = labels_of(df, LMSYS)
-    assert y.dtype == np.float32 and np.allclose(y, want, atol=1e-6) and np.isclose(df[['a', 'b', 'tie']].sum(axis=1)[0], 1)
+    assert y.dtype == np.float32 and np.allclose(y, want, atol=1e-6)
+    assert np.isclose(df[['a', 'b', 'tie']].sum(axis=1)[0], 1)
 
 
 def test_llm_classification_files_are_lmsys_files(read):
     df, report = read(GOOD, comp=LLM_FINETUNING)
     pd.testing.assert_frame_equal(df, read(GOOD)[0])
-    assert (report.competition, report.rows, report.file) == ('llm-classification', 3, 'train.csv') and ('rows', 3) in report.table()
+    assert (report.competition, report.rows, report.file) == ('llm-classification', 3, 'train.csv')
+    assert ('rows', 3) in report.table()
 
 
 # ---- WSDM
 def wsdm_frame():
-    return pd.DataFrame({'id': ['a1', 'b2', 'c3'], 'prompt': ['Hi', '["not", "json"]', 'null'], 'response_a': ['x', 'b\rc', ''], 'response_b': ['y', '"q", z', None],
-                         'winner': ['model_a', 'model_b', 'model_a'], 'language': ['English', 'Русский', 'unknown']}, dtype=object)
+    return pd.DataFrame({
+        'id': ['a1', 'b2', 'c3'],
+        'prompt': ['Hi', '["not", "json"]', 'null'],
+        'response_a': ['x', 'b\rc', ''],
+        'response_b': ['y', '"q", z', None],
+        'winner': ['model_a', 'model_b', 'model_a'],
+        'language': ['English', 'Русский', 'unknown']}, dtype=object)
 
 
 def test_wsdm_parquet_and_csv_read_alike(tmp_path):
@@ -194,7 +224,8 @@ def test_wsdm_parquet_and_csv_read_alike(tmp_path):
     write_rows(tmp_path/'train.csv', df, WSDM)
     back = read_rows(tmp_path/'train.csv')[0]
     for c in df: assert back[c].tolist() == df[c].tolist(), c
-    (tmp_path/'test.csv').write_bytes('id,prompt,response_a,response_b,scored\nz9,"p, q",x\ud83d,y,1\n'.encode('utf-8', 'surrogatepass'))
+    test = 'id,prompt,response_a,response_b,scored\nz9,"p, q",x\ud83d,y,1\n'
+    (tmp_path/'test.csv').write_bytes(test.encode('utf-8', 'surrogatepass'))
     df, report = read_rows(tmp_path/'test.csv')
     assert report.competition == 'wsdm' and not report.labelled and report.repaired == {'lone surrogates replaced': 1}
 
@@ -235,24 +266,35 @@ def test_random_bytes(read, content): survives(read, content)
 def test_random_text_under_a_good_header(read, content): survives(read, HEAD + content)
 
 
+SPECIAL = st.sampled_from([b'"', b',', b'\n', b'\r', b'[', b']', b'\0', b'\xed\xa0\xbd', b'\\'])
+EDIT = st.tuples(st.integers(0, len(GOOD)), st.integers(0, 12), st.binary(max_size=4) | SPECIAL)   # at, drop, put
+
+
 @slow_ok
-@given(edits=st.lists(st.tuples(st.integers(0, len(GOOD)), st.integers(0, 12), st.binary(max_size=4) | st.sampled_from([b'"', b',', b'\n', b'\r', b'[', b']', b'\0', b'\xed\xa0\xbd', b'\\'])),
-                      min_size=1, max_size=4))
+@given(edits=st.lists(EDIT, min_size=1, max_size=4))
 def test_random_mutations_of_a_good_file(read, edits):
     raw = GOOD.encode()
     for at, drop, put in edits: raw = raw[:at] + put + raw[at + drop:]
     survives(read, raw)
 
 
+ANY_TEXT = st.text(st.characters(categories=None))
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | ANY_TEXT,
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=2), x, max_size=2))
+
+
 @slow_ok
-@given(cell=st.recursive(st.none() | st.booleans() | st.floats() | st.text(st.characters(categories=None)), lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=2), x, max_size=2)))
+@given(cell=ANY_JSON)
 def test_any_json_in_a_cell(read, cell): survives(read, HEAD + row(1, prompt=json.dumps(cell)))
 
 
 @slow_ok
-@given(cell=st.text(st.characters(categories=None), max_size=20), column=st.sampled_from(['model_a', 'id', 'prompt', 'winner_tie']))
+@given(cell=st.text(st.characters(categories=None), max_size=20),
+       column=st.sampled_from(['model_a', 'id', 'prompt', 'winner_tie']))
 def test_any_text_in_a_cell(read, cell, column):
-    values = dict(zip(HEAD.strip().split(','), (1, 'gpt', 'llama', '["p"]', '["a"]', '["b"]', 1, 0, 0))) | {column: cell}
+    values = dict(zip(HEAD.strip().split(','), (1, 'gpt', 'llama', '["p"]', '["a"]', '["b"]', 1, 0, 0)))
+    values[column] = cell
     line = io.StringIO()
     csv.writer(line).writerow(values.values())
     survives(read, HEAD + line.getvalue())
@@ -290,7 +332,8 @@ def test_swap_probs_works_for_numpy_and_torch():
     import torch
     for shape in ((4, 3), (4, 2), (2, 4, 3), (3,)):
         p = np.random.default_rng(0).random(shape)
-        assert np.array_equal(swap_probs(swap_probs(p)), p) and np.array_equal(swap_probs(torch.tensor(p)).numpy(), swap_probs(p))
+        assert np.array_equal(swap_probs(swap_probs(p)), p)
+        assert np.array_equal(swap_probs(torch.tensor(p)).numpy(), swap_probs(p))
 
 
 @given(frames())
@@ -307,9 +350,24 @@ def test_what_is_written_reads_back(tmp_path_factory, df):
 
 
 # ---- groups, duplicates, folds
+CLASSES = ['a', 'b', 'tie']
+
+
+def frame(prompts, outcomes=None, classes=CLASSES):
+    "Rows with one-turn `prompts` and equal answers; `outcomes`: the index of the class of each."
+    n = len(prompts)
+    df = pd.DataFrame({'id': range(n), 'prompt': [[p] for p in prompts],
+                       'response_a': [['x']]*n, 'response_b': [['y']]*n})
+    if outcomes is not None: df[classes] = np.eye(len(classes))[outcomes]
+    return df
+
+
 def test_prompts_are_grouped_and_duplicates_found():
-    df = pd.DataFrame({'id': range(6), 'prompt': [['Hi  there'], ['hi\nthere '], ['Hi there'], ['Ho'], ['Ho', 'Hi'], ['Hi there']],
-                       'response_a': [['x'], ['y'], ['x'], ['x'], ['x', ''], ['x']], 'response_b': [['y'], ['x'], ['y'], ['y'], ['y', ''], ['z']]})
+    df = pd.DataFrame({
+        'id': range(6),
+        'prompt': [['Hi  there'], ['hi\nthere '], ['Hi there'], ['Ho'], ['Ho', 'Hi'], ['Hi there']],
+        'response_a': [['x'], ['y'], ['x'], ['x'], ['x', ''], ['x']],
+        'response_b': [['y'], ['x'], ['y'], ['y'], ['y', ''], ['z']]})
     assert prompt_groups(df).tolist() == [0, 0, 0, 1, 2, 0]
     assert find_duplicates(df).to_dict('list') == {'row': [1, 2], 'first_row': [0, 0], 'kind': ['swapped', 'exact']}
     same = df.assign(response_a=df['response_b'])
@@ -320,29 +378,30 @@ def test_prompts_are_grouped_and_duplicates_found():
 @given(st.integers(0, 10**6), st.integers(2, 5), st.integers(2, 3))
 @settings(deadline=None, max_examples=15)
 def test_folds_keep_groups_together_and_classes_even(seed, n_folds, n_classes):
-    rng = np.random.default_rng(seed)
-    n = 400
-    df = pd.DataFrame({'id': range(n), 'prompt': [[f'q {i}'] for i in rng.integers(0, 150, n)], 'response_a': [['x']]*n, 'response_b': [['y']]*n})
-    df[['a', 'b', 'tie'][:n_classes]] = np.eye(n_classes)[rng.integers(0, n_classes, n)]
+    rng, n, classes = np.random.default_rng(seed), 400, CLASSES[:n_classes]
+    prompts = [f'q {i}' for i in rng.integers(0, 150, n)]
+    df = frame(prompts, rng.integers(0, n_classes, n), classes)
     folds, groups = make_folds(df, n_folds, seed), prompt_groups(df)
     assert set(folds) == set(range(n_folds)) and np.array_equal(folds, make_folds(df, n_folds, seed))
     assert pd.Series(folds).groupby(groups).nunique().max() == 1
-    share = df[['a', 'b', 'tie'][:n_classes]].groupby(folds).mean()
+    share = df[classes].groupby(folds).mean()
     assert (share - share.mean()).abs().to_numpy().max() < .12
     assert abs(np.bincount(folds)/n - 1/n_folds).max() < .1
 
 
 def test_folds_that_cannot_be_are_refused():
     n = 30
-    df = pd.DataFrame({'id': range(n), 'prompt': [[f'q{i}'] for i in range(n)], 'response_a': [['x']]*n, 'response_b': [['y']]*n})
-    with pytest.raises(UserError, match='label'): make_folds(df)
-    df[['a', 'b', 'tie']] = np.eye(3)[np.arange(n) % 3]
+    prompts, outcomes = [f'q{i}' for i in range(n)], np.arange(n) % 3
+    df = frame(prompts, outcomes)
+    with pytest.raises(UserError, match='label'): make_folds(frame(prompts))
     with pytest.raises(UserError, match='n_folds=1'): make_folds(df, 1)
-    with pytest.raises(UserError, match='3 distinct prompts cannot fill 5 folds'): make_folds(df.assign(prompt=[[f'q{i % 3}'] for i in range(n)]))
+    few = frame([f'q{i % 3}' for i in range(n)], outcomes)
+    with pytest.raises(UserError, match='3 distinct prompts cannot fill 5 folds'): make_folds(few)
     rare = df.assign(a=1., b=0., tie=0.)
-    rare.loc[0, ['a', 'b', 'tie']] = [0, 0, 1.]
+    rare.loc[0, CLASSES] = [0, 0, 1.]
     with pytest.raises(UserError, match="class 'b'"): make_folds(rare)
-    one_group = df.assign(prompt=[['same' if i % 3 == 2 else f'q{i}'] for i in range(n)])   # all ties share a prompt: one fold has them all
+    # all ties share a prompt: one fold has them all
+    one_group = frame(['same' if outcome == 2 else p for p, outcome in zip(prompts, outcomes)], outcomes)
     with pytest.raises(UserError, match="no row of class 'tie'"): make_folds(one_group)
 
 
@@ -353,7 +412,7 @@ def test_real_training_rows(shared_data):
     nulls = sum(t is None for c in TEXTS for cell in raw[c] for t in json.loads(cell))
     assert (report.rows, report.labelled, report.competition) == (1000, True, 'lmsys') and df['id'].dtype == np.int64
     assert report.repaired.get('null turns read as empty', 0) == nulls
-    assert df[['a', 'b', 'tie']].sum().tolist() == [344, 348, 308] and df['id'].astype(str).tolist() == raw['id'].tolist()
+    assert df[CLASSES].sum().tolist() == [344, 348, 308] and df['id'].astype(str).tolist() == raw['id'].tolist()
     assert df['prompt'].map(len).tolist() == raw['prompt'].map(lambda c: len(json.loads(c))).tolist()
     folds = make_folds(df, 5)
     assert pd.Series(folds).groupby(prompt_groups(df)).nunique().max() == 1 and np.bincount(folds).min() > 150
@@ -376,8 +435,10 @@ def test_real_rows_survive_writing(shared_data, tmp_path):
 
 
 def test_folds_are_the_same_in_every_version_and_order():
-    "What falls into which fold is known: a run on Kaggle and one here must agree, whatever numpy or scikit-learn they have, and however the rows are ordered."
-    df = pd.DataFrame(dict(id=range(12), prompt=[[f'Question {i//2}'] for i in range(12)], response_a=[['x']]*12, response_b=[['y']]*12)).assign(**{c: [float(i % 3 == k) for i in range(12)] for k, c in enumerate(('a', 'b', 'tie'))})
+    """A run on Kaggle and one here must agree on what falls into which fold.
+
+    Whatever numpy or scikit-learn they have, and however the rows are ordered."""
+    df = frame([f'Question {i//2}' for i in range(12)], np.arange(12) % 3)
     folds = make_folds(df, 2)
     assert folds.tolist() == [1, 1, 0, 0, 1, 1, 0, 0, 1, 1, 0, 0]
     other = df.sample(frac=1, random_state=3).reset_index(drop=True)
@@ -389,6 +450,6 @@ def test_classes_are_spread_as_evenly_as_can_be(n, k):
     rng = np.random.default_rng(n)
     y = np.arange(n) % 3
     rng.shuffle(y)
-    df = pd.DataFrame(dict(id=range(n), prompt=[[f'q{i}'] for i in range(n)], response_a=[['x']]*n, response_b=[['y']]*n)).assign(**{c: (y == j)*1. for j, c in enumerate(('a', 'b', 'tie'))})
+    df = frame([f'q{i}' for i in range(n)], y)
     counts = pd.crosstab(make_folds(df, k), y).to_numpy()
     assert (counts.max(0) - counts.min(0) <= 1).all()
