@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, settings
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
-settings.register_profile('busy', deadline=None, suppress_health_check=[HealthCheck.too_slow])   # laws hold on a busy machine too
+# laws hold on a busy machine, too
+settings.register_profile('busy', deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile('busy')
 REPO = Path(__file__).resolve().parents[1]
 OFFLINE = REPO/'tests'/'offline'
@@ -19,14 +20,17 @@ _spec = importlib.util.spec_from_file_location('offline', OFFLINE/'sitecustomize
 _spec.loader.exec_module(importlib.util.module_from_spec(_spec))
 
 
-slow = pytest.mark.skipif(not os.environ.get('UNDERDOG_SLOW'), reason='most of a minute of starting processes; what it tests is tested in smaller parts, too: UNDERDOG_SLOW=1 runs it')
+slow = pytest.mark.skipif(
+    not os.environ.get('UNDERDOG_SLOW'),
+    reason='most of a minute of starting processes; its parts are tested by others; UNDERDOG_SLOW=1 runs it')
 
 
 @pytest.fixture(scope='session')
 def shared_data():
     "The folder of real preference data beside the checkout; tests that need it are skipped where it is not."
     folder = Path(os.environ.get('UNDERDOG_SHARED', REPO.parent/'shared'/'data'))
-    if not (folder/'lmsys_train_1000.csv').exists(): pytest.skip(f'no real preference data in {folder.name}/ beside the checkout')
+    if not (folder/'lmsys_train_1000.csv').exists():
+        pytest.skip(f'no real preference data in {folder.name}/ beside the checkout')
     return folder
 
 

@@ -11,24 +11,34 @@ FAMILIES = (*DECODERS, 'deberta', 'bert')
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-SPECIAL = ['<pad>', '<s>', '</s>', '<|im_start|>', '<|im_end|>', '<|start_header_id|>', '<|end_header_id|>', '<|eot_id|>',
-            '[INST]', '[/INST]', '<start_of_turn>', '<end_of_turn>']
+SPECIAL = ['<pad>', '<s>', '</s>',
+           '<|im_start|>', '<|im_end|>',
+           '<|start_header_id|>', '<|end_header_id|>', '<|eot_id|>',
+           '[INST]', '[/INST]',
+           '<start_of_turn>', '<end_of_turn>']
 _TEXTS = ['What is the capital of France? It is Paris.', 'Which response is better: A, B, or are they equally good?',
           'def f(x):\n    return x + 1\n\nDone.', 'user assistant model system Prompt Response']
 
 
 def make_tokenizer(folder, chat_template=None, pad=True, encoder=False, whitespace=False):
-    "A byte-level BPE in `folder`; `encoder` gives it [CLS] and [SEP], `whitespace` makes it lose newlines as DeBERTa does."
+    """A byte-level BPE tokenizer in `folder`, whose path is returned.
+
+    `encoder` gives it [CLS] and [SEP]; `whitespace` makes it lose newlines, as DeBERTa's does."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
+    # bytes in, bytes out
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     if whitespace: tok.normalizer = normalizers.Replace('\n', ' ')
+    # merges learnt from a few sentences
     special = ['[PAD]', '[CLS]', '[SEP]'] if encoder else SPECIAL
-    tok.train_from_iterator(_TEXTS*3, trainers.BpeTrainer(vocab_size=420, special_tokens=special, show_progress=False,
-                                                          initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    names = dict(bos_token='<s>', eos_token='</s>') | (dict(pad_token='<pad>') if pad else {})
+    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=special, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tok.train_from_iterator(_TEXTS*3, trainer)
+    # as transformers loads it
     if encoder: names = dict(cls_token='[CLS]', sep_token='[SEP]', pad_token='[PAD]')
+    else: names = dict(bos_token='<s>', eos_token='</s>')
+    if pad and not encoder: names['pad_token'] = '<pad>'
     fast = PreTrainedTokenizerFast(tokenizer_object=tok, **names)
     fast.chat_template = chat_template
     fast.save_pretrained(folder)
@@ -38,14 +48,16 @@ def make_tokenizer(folder, chat_template=None, pad=True, encoder=False, whitespa
 def family_config(family, **changes):
     "The transformers config of a tiny model of `family`."
     import transformers as tf
-    size = dict(vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0)
+    size = dict(vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                pad_token_id=0)
     kinds = dict(llama=tf.LlamaConfig, mistral=tf.MistralConfig, gemma2=tf.Gemma2Config, qwen2=tf.Qwen2Config,
                  deberta=tf.DebertaV2Config, bert=tf.BertConfig)
     if family in DECODERS: size |= dict(num_key_value_heads=4)
     if family == 'gemma2': size |= dict(head_dim=16)
     if family == 'deberta':
         size |= dict(relative_attention=True, pos_att_type=['p2c', 'c2p'], share_att_key=True, position_buckets=16,
-                     norm_rel_ebd='layer_norm', position_biased_input=False, type_vocab_size=0, max_position_embeddings=64)
+                     norm_rel_ebd='layer_norm', position_biased_input=False, type_vocab_size=0,
+                     max_position_embeddings=64)
     return kinds[family](**size | changes)
 
 
@@ -75,11 +87,11 @@ def predictions(run, test_csv, out, cfg=None):
 
 def small_run(world, out, family='llama', head='pair', quantization='none', session=None, **changes):
     "A run with a tiny model on the rows of the folder `world`; `session`: fields of its `SessionConfig`."
-    from underdog.model.model import ModelConfig
     from underdog.session import SessionConfig
     from underdog.text.prompt import PromptConfig
-    from underdog.training.settings import TrainConfig
+    from underdog.model.model import ModelConfig
     from underdog.training.run import train
+    from underdog.training.settings import TrainConfig
     model = ModelConfig(str(world/family), head=head, quantization=quantization, rank=4, dropout=0.)
     cfg = TrainConfig(**dict(n_folds=3, lr=1e-2, head_lr=1e-2, batch_rows=8) | changes)
     session = SessionConfig(**dict(processes=1) | (session or {}))

@@ -1,4 +1,4 @@
-"The floors: symmetric, never far below the prior, out of fold, saved without pickle."
+"The baselines: symmetric, hardly ever worse than the prior, fitted on other folds, saved without pickle."
 import json
 
 import numpy as np
@@ -6,36 +6,69 @@ import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from underdog.data.competition import LMSYS, WSDM
 from underdog.core import UserError
-from underdog.data.folds import labels_of, make_folds, swap_probs, swap_rows
-from underdog.data.rows import read_rows
+from underdog.data.competition import LMSYS, WSDM
 from underdog.data.floors import FLOORS, Floors, best_floor, cross_predict, features
+from underdog.data.folds import labels_of, make_folds, swap_probs, swap_rows
+from underdog.data.rows import TEXTS, read_rows
 from underdog.data.sample import write_sample
 
 WORDS = 'the of garden river music answer small green and please maybe paper number seven window'.split()
-TEXT = st.text(st.characters(exclude_categories=['Cs']), max_size=60) | st.sampled_from(
-    ['', ' ', 'x'*36_000, '- a\n- b\n1. c', '```py\nx = 1\n```', '**bold** # not\n# heading', '1234567890?!:', '\U0001f600\u4f60\u597d', '\ufffd\n\n\n'])
-ROW = st.lists(st.tuples(TEXT, TEXT, TEXT), min_size=1, max_size=3).map(lambda turns: [list(t) for t in zip(*turns)])   # as many turns in all three
-ROWS = st.lists(ROW, min_size=1, max_size=4).map(
-    lambda rows: pd.DataFrame({c: pd.Series([r[j] for r in rows], dtype=object) for j, c in enumerate(('prompt', 'response_a', 'response_b'))}))
+ODD_TEXTS = ['', ' ', 'x'*36_000, '- a\n- b\n1. c', '```py\nx = 1\n```', '**bold** # not\n# heading', '1234567890?!:',
+             '\U0001f600\u4f60\u597d', '\ufffd\n\n\n']
+TEXT = st.text(st.characters(exclude_categories=['Cs']), max_size=60) | st.sampled_from(ODD_TEXTS)
+# a list of turns for each of the three columns, equally many in all of them
+ROW = st.lists(st.tuples(TEXT, TEXT, TEXT), min_size=1, max_size=3).map(lambda turns: [list(t) for t in zip(*turns)])
+
+
+def table_of(rows):
+    "DataFrame of drawn rows."
+    return pd.DataFrame({c: pd.Series([row[j] for row in rows], dtype=object) for j, c in enumerate(TEXTS)})
+
+
+ROWS = st.lists(ROW, min_size=1, max_size=4).map(table_of)
 quick = settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def log_loss(y, p): return float(-(y*np.log(p)).sum(1).mean())
 
 
-def make_rows(n, seed=0, comp=LMSYS, label=lambda rng, a, b: rng.integers(3), words=lambda rng: rng.choice(WORDS, rng.integers(3, 30))):
+def any_class(rng, a, b): return rng.integers(3)
+
+
+def longer_wins(rng, a, b): return int(len(a) < len(b)) if len(a) != len(b) else 2
+
+
+def some_words(rng): return rng.choice(WORDS, rng.integers(3, 30))
+
+
+def make_rows(n, seed=0, comp=LMSYS, label=any_class, words=some_words):
     "Rows with answers of random words; `label` draws the class from both answers' words."
     rng = np.random.default_rng(seed)
-    a, b = ([list(words(rng)) for _ in range(n)] for _ in 'ab')
+    a = [list(words(rng)) for _ in range(n)]
+    b = [list(words(rng)) for _ in range(n)]
     y = np.eye(comp.n_classes)[[label(rng, x, z) for x, z in zip(a, b)]]
-    rows = {'id': range(n), 'prompt': [[f'question {i}'] for i in range(n)], 'response_a': [[' '.join(x)] for x in a], 'response_b': [[' '.join(x)] for x in b]}
-    return pd.DataFrame(rows).assign(**dict(zip(comp.classes, y.T)))
+    rows = pd.DataFrame({
+        'id': range(n),
+        'prompt': [[f'question {i}'] for i in range(n)],
+        'response_a': [[' '.join(x)] for x in a],
+        'response_b': [[' '.join(x)] for x in b]})
+    return with_labels(rows, y, comp)
+
+
+def with_labels(rows, y, comp=LMSYS): return rows.assign(**dict(zip(comp.classes, y.T)))
+
+
+def held_out_losses(rows):
+    "{baseline: log loss} on held-out folds."
+    predictions = cross_predict(rows, LMSYS, make_folds(rows, 3))
+    return {name: log_loss(labels_of(rows, LMSYS), p) for name, p in predictions.items()}
 
 
 @pytest.fixture(scope='module')
-def rows(tmp_path_factory): return read_rows(write_sample(tmp_path_factory.mktemp('sample'), 150, 20)['train.csv'])[0]
+def rows(tmp_path_factory):
+    paths = write_sample(tmp_path_factory.mktemp('sample'), 150, 20)
+    return read_rows(paths['train.csv'])[0]
 
 
 @pytest.fixture(scope='module')
@@ -65,37 +98,43 @@ def test_any_text_gets_symmetric_probabilities(floors, rows):
     there, back = floors.predict(rows), floors.predict(swap_rows(rows))
     check(there, len(rows))
     for name in FLOORS: np.testing.assert_allclose(there[name], swap_probs(back[name]), atol=1e-12)
+    # equal answers, equal chances
     same = rows.assign(response_b=rows['response_a'])
-    for p in floors.predict(same).values(): np.testing.assert_allclose(p[:, 0], p[:, 1], atol=1e-12)   # equal answers, equal chances
+    for p in floors.predict(same).values(): np.testing.assert_allclose(p[:, 0], p[:, 1], atol=1e-12)
 
 
 def test_fitted_on_exchanged_rows_it_is_the_same(rows, floors):
-    for name, p in Floors.fit(swap_rows(rows), LMSYS).predict(rows).items(): np.testing.assert_allclose(p, floors.predict(rows)[name], atol=.02)
+    predictions = floors.predict(rows)
+    exchanged = Floors.fit(swap_rows(rows), LMSYS)
+    for name, p in exchanged.predict(rows).items(): np.testing.assert_allclose(p, predictions[name], atol=.02)
 
 
 def test_a_row_does_not_depend_on_its_neighbours(rows, floors):
-    for name, p in floors.predict(rows.iloc[[5]]).items(): np.testing.assert_allclose(p[0], floors.predict(rows)[name][5], atol=1e-12)
+    predictions = floors.predict(rows)
+    alone = floors.predict(rows.iloc[[5]])
+    for name, p in alone.items(): np.testing.assert_allclose(p[0], predictions[name][5], atol=1e-12)
 
 
 def test_something_never_seen_moves_the_odds_only_so_far():
-    plain = make_rows(200, label=lambda rng, a, b: rng.integers(3))
+    plain = make_rows(200)
     plain.at[0, 'response_a'] = ['? ' + plain['response_a'][0][0]]   # one question mark in all rows
     odd = plain.iloc[[1]].assign(response_a=[['?'*5000 + '9'*5000 + '!'*5000]])
-    for p in Floors.fit(plain, LMSYS).predict(odd).values(): assert p.min() > .001   # labels are noise here; without the cut it is 1e-9 and less
+    # labels are noise here; without the cut it is 1e-9 and less
+    for p in Floors.fit(plain, LMSYS).predict(odd).values(): assert p.min() > .001
 
 
 # ---- what they learn
 
-def test_length_floor_learns_lengths():
-    longer = dict(label=lambda rng, a, b: int(len(a) < len(b)) if len(a) != len(b) else 2)
-    train, test = make_rows(300, 0, **longer), make_rows(200, 1, **longer)
+def test_the_length_baseline_learns_lengths():
+    train, test = make_rows(300, 0, label=longer_wins), make_rows(200, 1, label=longer_wins)
     p, y = Floors.fit(train, LMSYS).predict(test), labels_of(test, LMSYS)
     assert log_loss(y, p['length']) < .5 < log_loss(y, p['prior']) - .1
 
 
-def test_words_floor_learns_words():
-    good = dict(words=lambda rng: rng.permutation(WORDS)[:8], label=lambda rng, a, b: 2 if ('please' in a) == ('please' in b) else int('please' in b))
-    train, test = make_rows(400, 0, **good), make_rows(200, 1, **good)
+def test_the_words_baseline_learns_words():
+    def eight_words(rng): return rng.permutation(WORDS)[:8]
+    def polite_wins(rng, a, b): return 2 if ('please' in a) == ('please' in b) else int('please' in b)
+    train, test = (make_rows(n, seed, label=polite_wins, words=eight_words) for n, seed in ((400, 0), (200, 1)))
     p, y = Floors.fit(train, LMSYS).predict(test), labels_of(test, LMSYS)
     assert log_loss(y, p['tfidf']) < log_loss(y, p['length']) - .1
     assert best_floor(y, p) == 'tfidf'
@@ -104,7 +143,8 @@ def test_words_floor_learns_words():
 @pytest.mark.parametrize('comp', [LMSYS, WSDM])
 def test_noise_is_never_much_worse_than_the_prior(comp):
     noise = dict(comp=comp, label=lambda rng, a, b: rng.integers(comp.n_classes))
-    p, y = Floors.fit(make_rows(150, 0, **noise), comp).predict(test := make_rows(400, 1, **noise)), labels_of(make_rows(400, 1, **noise), comp)
+    train, test = make_rows(150, 0, **noise), make_rows(400, 1, **noise)
+    p, y = Floors.fit(train, comp).predict(test), labels_of(test, comp)
     check(p, len(test), comp.n_classes)
     for name in FLOORS: assert log_loss(y, p[name]) < log_loss(y, p['prior']) + .02, name
 
@@ -136,20 +176,27 @@ def test_a_handful_of_rows(n):
 
 def test_soft_labels_that_are_almost_hard(rows, floors):
     y = .999*labels_of(rows, LMSYS) + .001/3
-    soft = Floors.fit(rows.assign(**dict(zip(LMSYS.classes, y.T))), LMSYS).predict(rows)
+    soft = Floors.fit(with_labels(rows, y), LMSYS).predict(rows)
     for name, p in floors.predict(rows).items(): np.testing.assert_allclose(soft[name], p, atol=.03)
 
 
 def test_soft_labels_teach_more_than_their_rounding():
-    true = lambda df: np.stack([z := 1/(1 + np.exp(-np.array([.15*(len(a[0].split()) - len(b[0].split())) for a, b in zip(df.response_a, df.response_b)]))), 1 - z, 0*z], 1)*.8 + np.array([0, 0, .2])
+    def law(df):
+        "Of five people one sees a tie; the others prefer A the more, the more words it has than B."
+        words = lambda column: np.array([len(turns[0].split()) for turns in column])
+        a = 1/(1 + np.exp(-.15*(words(df['response_a']) - words(df['response_b']))))
+        return np.stack([.8*a, .8*(1 - a), np.full(len(df), .2)], 1)
+
+    def predictions(y): return Floors.fit(with_labels(train, y), LMSYS).predict(test)['length']
+
     train, test = make_rows(300, 0), make_rows(300, 1)
-    y = true(train)
-    soft, hard = (Floors.fit(train.assign(**dict(zip(LMSYS.classes, lab.T))), LMSYS).predict(test)['length'] for lab in (y, np.eye(3)[y.argmax(1)]))
-    best = log_loss(true(test), np.clip(true(test), 1e-12, 1))
-    assert log_loss(true(test), soft) < best + .02 < log_loss(true(test), hard)
+    shares, truth = law(train), law(test)
+    rounded = np.eye(3)[shares.argmax(1)]
+    best = log_loss(truth, truth)
+    assert log_loss(truth, predictions(shares)) < best + .02 < log_loss(truth, predictions(rounded))
 
 
-# ---- out of fold
+# ---- held out
 
 def test_a_fold_is_predicted_without_its_labels(rows):
     folds = make_folds(rows, 3)
@@ -163,7 +210,9 @@ def test_a_fold_is_predicted_without_its_labels(rows):
         assert not np.allclose(first[name][folds == 1], again[name][folds == 1])
 
 
-def test_best_floor(): assert best_floor(np.eye(3), dict(prior=np.full((3, 3), 1/3), length=np.eye(3)*.7 + .1, tfidf=np.eye(3)*.4 + .2)) == 'length'
+def test_best_floor():
+    predictions = dict(prior=np.full((3, 3), 1/3), length=np.eye(3)*.7 + .1, tfidf=np.eye(3)*.4 + .2)
+    assert best_floor(np.eye(3), predictions) == 'length'
 
 
 # ---- files
@@ -176,32 +225,44 @@ def test_saved_and_loaded(rows, floors, tmp_path):
     for name, p in loaded.predict(rows).items(): assert (p == floors.predict(rows)[name]).all()
 
 
-def edit_json(**changes): return lambda folder: (folder/'floors.json').write_text(json.dumps(json.loads((folder/'floors.json').read_text()) | changes))
+def change_json(**changes):
+    "Damage: other values in floors.json."
+    def damage(folder):
+        values = json.loads((folder/'floors.json').read_text()) | changes
+        (folder/'floors.json').write_text(json.dumps(values))
+    return damage
 
 
-def drop_tensor(folder):
+def change_length_coef(change):
+    "Damage: `change` of the tensors takes away all or a part of one."
     from safetensors.numpy import load_file, save_file
-    tensors = load_file(folder/'floors.safetensors')
-    save_file({k: v for k, v in tensors.items() if k != 'length_coef'}, folder/'floors.safetensors')
+    def damage(folder):
+        tensors = load_file(folder/'floors.safetensors')
+        change(tensors)
+        save_file(tensors, folder/'floors.safetensors')
+    return damage
 
 
-def cut_tensor(folder):
-    from safetensors.numpy import load_file, save_file
-    tensors = load_file(folder/'floors.safetensors')
-    save_file(tensors | {'length_coef': np.ascontiguousarray(tensors['length_coef'][:, :-1])}, folder/'floors.safetensors')
+def cut_column(tensors): tensors['length_coef'] = np.ascontiguousarray(tensors['length_coef'][:, :-1])
 
 
-@pytest.mark.parametrize('damage, message', [
-    (lambda f: (f/'floors.json').unlink(), 'floors.json: no such file'),
-    (lambda f: (f/'floors.json').write_text('{'), 'not readable as JSON'),
-    (lambda f: (f/'floors.json').write_text('[]'), 'floors.json'),
-    (edit_json(competition='lmsis'), 'did you mean lmsys'),
-    (edit_json(hashed=1024), 'another version'),
-    (edit_json(competition='wsdm'), 'floors.safetensors'),
-    (lambda f: (f/'floors.safetensors').unlink(), 'floors.safetensors'),
-    (lambda f: (f/'floors.safetensors').write_bytes(b''), 'floors.safetensors'),
-    (lambda f: (f/'floors.safetensors').write_bytes((f/'floors.safetensors').read_bytes()[:-100]), 'floors.safetensors'),
-    (drop_tensor, 'length_coef'), (cut_tensor, 'length_coef')])
+def cut_file(folder):
+    whole = (folder/'floors.safetensors').read_bytes()
+    (folder/'floors.safetensors').write_bytes(whole[:-100])
+
+
+@pytest.mark.parametrize('damage,message', [
+    (lambda folder: (folder/'floors.json').unlink(), 'floors.json: no such file'),
+    (lambda folder: (folder/'floors.json').write_text('{'), 'not readable as JSON'),
+    (lambda folder: (folder/'floors.json').write_text('[]'), 'floors.json'),
+    (change_json(competition='lmsis'), 'did you mean lmsys'),
+    (change_json(hashed=1024), 'another version'),
+    (change_json(competition='wsdm'), 'floors.safetensors'),
+    (lambda folder: (folder/'floors.safetensors').unlink(), 'floors.safetensors'),
+    (lambda folder: (folder/'floors.safetensors').write_bytes(b''), 'floors.safetensors'),
+    (cut_file, 'floors.safetensors'),
+    (change_length_coef(lambda tensors: tensors.pop('length_coef')), 'length_coef'),
+    (change_length_coef(cut_column), 'length_coef')])
 def test_broken_folders(floors, tmp_path, damage, message):
     floors.save(tmp_path)
     damage(tmp_path)
@@ -222,11 +283,11 @@ def test_generated_competition_needs_reading(tmp_path):
     paths = write_sample(tmp_path, 300, 20)
     rows, _ = read_rows(paths['train.csv'])
     best = json.loads(paths['truth.json'].read_text())['best_possible']
-    scores = {n: log_loss(labels_of(rows, LMSYS), p) for n, p in cross_predict(rows, LMSYS, make_folds(rows, 3)).items()}
+    scores = held_out_losses(rows)
     assert scores['length'] > best + .1 and scores['tfidf'] > best + .05
 
 
 def test_real_rows(shared_data):
     rows, _ = read_rows(shared_data/'lmsys_train_1000.csv')
-    scores = {n: log_loss(labels_of(rows, LMSYS), p) for n, p in cross_predict(rows, LMSYS, make_folds(rows, 3)).items()}
+    scores = held_out_losses(rows)
     assert 1.09 < scores['prior'] < 1.1 and scores['length'] < 1.08 and scores['tfidf'] < 1.075

@@ -6,12 +6,13 @@ import pandas as pd
 import pytest
 from hypothesis import given, strategies as st
 
-from underdog.data.competition import LMSYS
 from underdog.core import UserError
+from underdog.data.answers import TOPICS, davidson
+from underdog.data.competition import LMSYS
 from underdog.data.folds import find_duplicates, labels_of, make_folds, swap_probs
-from underdog.data.rows import TEXTS, read_rows
 from underdog.data.metrics import expected_loss
-from underdog.data.sample import TOPICS, davidson, make_sample, write_sample
+from underdog.data.rows import TEXTS, read_rows
+from underdog.data.sample import make_sample, write_sample
 
 
 @pytest.fixture(scope='module')
@@ -29,8 +30,10 @@ def test_davidson(s_a, s_b, tie, shift):
     a, b, t = p = davidson(np.array(s_a), np.array(s_b), tie)
     assert abs(p.sum() - 1) < 1e-12 and (p > 0).all()
     np.testing.assert_allclose(swap_probs(p), davidson(np.array(s_b), np.array(s_a), tie), atol=1e-12)
-    np.testing.assert_allclose(p, davidson(np.array(s_a + shift), np.array(s_b + shift), tie), atol=1e-9)   # only differences count
-    np.testing.assert_allclose(t, np.exp(tie)*np.sqrt(a*b), rtol=1e-6)   # Davidson's tie: the geometric mean of both wins
+    # only differences count
+    np.testing.assert_allclose(p, davidson(np.array(s_a + shift), np.array(s_b + shift), tie), atol=1e-9)
+    # Davidson's tie: the geometric mean of both wins
+    np.testing.assert_allclose(t, np.exp(tie)*np.sqrt(a*b), rtol=1e-6)
     assert (a >= b) == (s_a >= s_b) or abs(s_a - s_b) < 1e-9
 
 
@@ -76,10 +79,14 @@ def test_equal_arguments_equal_rows(sample):
 
 def test_every_odd_case_is_there(paths):
     raw = paths['train.csv'].read_text(encoding='utf-8')   # plain ASCII JSON inside: no lone surrogate breaks UTF-8
-    for text in (r'\ud83d"', r'\ud83d\ude00', r'\u4f60', r'\u0645', 'null', '""""', '```python', r'\n', r'\""Quoted', r'\\backslash', '[SEP]', '<|im_end|>'): assert text in raw, text
+    odd = [r'\ud83d"', r'\ud83d\ude00', r'\u4f60', r'\u0645', 'null', '""""', '```python', r'\n', r'\""Quoted',
+           r'\\backslash', '[SEP]', '<|im_end|>']
+    for text in odd: assert text in raw, text
     df, report = read_rows(paths['train.csv'])
-    for what in ('null turns read as empty', 'empty turns', 'lone surrogates replaced'): assert report.repaired[what] >= 1, what
-    notes = ('rows of several turns', 'rows with identical answers', 'rows with an empty answer', 'rows repeated exactly', 'rows repeated with A and B exchanged')
+    repairs = ['null turns read as empty', 'empty turns', 'lone surrogates replaced']
+    for what in repairs: assert report.repaired[what] >= 1, what
+    notes = ['rows of several turns', 'rows with identical answers', 'rows with an empty answer',
+             'rows repeated exactly', 'rows repeated with A and B exchanged']
     for what in notes: assert report.notes[what] >= 1, what
     assert report.notes['distinct prompts'] < len(df)
     assert df['id'].dtype == np.int64 and 2**31 < df['id'].max() < 2**32
@@ -100,7 +107,8 @@ def test_read_back_as_made(sample, paths):
     fixed = lambda turns: [(t or '').encode('utf-16', 'surrogatepass').decode('utf-16', 'replace') for t in turns]
     for c in TEXTS: assert train[c].tolist() == sample.train[c].map(fixed).tolist()
     test, report = read_rows(paths['test.csv'])
-    assert not report.labelled and list(test.columns) == ['id', *TEXTS] and test['id'].tolist() == sample.test['id'].tolist()
+    assert not report.labelled and list(test.columns) == ['id', *TEXTS]
+    assert test['id'].tolist() == sample.test['id'].tolist()
 
 
 def test_truth_and_sample_submission(sample, paths):
@@ -111,7 +119,8 @@ def test_truth_and_sample_submission(sample, paths):
         np.testing.assert_allclose([truth[part][str(i)] for i in ids], true, atol=1e-6)
         assert len(truth[part]) == len(ids)
     submission = pd.read_csv(paths['sample_submission.csv'])
-    assert tuple(submission.columns) == LMSYS.submission_columns and submission['id'].tolist() == sample.test['id'].tolist()
+    assert tuple(submission.columns) == LMSYS.submission_columns
+    assert submission['id'].tolist() == sample.test['id'].tolist()
     np.testing.assert_allclose(submission.iloc[:, 1:], 1/3)
 
 
