@@ -1,81 +1,98 @@
-"Laws of layout.py and batch.py: every row once, within the budget, masked right, back in order."
+"Laws of layout.py, bins.py and batch.py: every row once, within the budget, masked right."
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from underdog.text.batch import collate, padding_report, plan_batches, restore
 from underdog.core import UserError
+from underdog.text.batch import collate
+from underdog.text.bins import padding_report, plan_batches
 from underdog.text.layout import sequences
 
 lengths_of_rows = st.lists(st.integers(1, 300), max_size=60)
 ids = st.lists(st.integers(10, 99), max_size=12)
-PAIR, JOINT = dict(start=[1], middle=[2], end=[3], read='last'), dict(start=[1], label_a=[4], label_b=[5], end=[3], read='first')
+rows_of_ids = st.fixed_dictionaries(dict(prompt=ids, a=ids, b=ids))
+PAIR = dict(start=[1], middle=[2], end=[3], read='last')
+JOINT = dict(start=[1], label_a=[4], label_b=[5], end=[3], read='first')
+FRAMES = dict(pair=PAIR, joint=JOINT)
 
 
 @settings(deadline=None)
-@given(lengths=lengths_of_rows, budget=st.integers(1, 800), order=st.sampled_from(['length', 'given']), seed=st.sampled_from([None, 0, 7]))
-def test_every_row_once_and_within_the_budget(lengths, budget, order, seed):
-    plan = plan_batches(lengths, budget, order, seed)
-    assert sorted(int(r) for rows in plan for r in rows) == list(range(len(lengths)))
-    for rows in plan: assert len(rows) and (len(rows) == 1 or max(lengths[r] for r in rows)*len(rows) <= budget)
+@given(lengths=lengths_of_rows, budget=st.integers(1, 800))
+def test_every_row_once_and_within_the_budget(lengths, budget):
+    plan = plan_batches(lengths, budget)
+    assert sorted(int(row) for rows in plan for row in rows) == list(range(len(lengths)))
+    for rows in plan:
+        assert len(rows)
+        assert len(rows) == 1 or max(lengths[row] for row in rows)*len(rows) <= budget
     report = padding_report(lengths, plan)
     assert report['real'] == sum(lengths) <= report['padded'] and 0 < report['efficiency'] <= 1
-    assert [rows.tolist() for rows in plan] == [rows.tolist() for rows in plan_batches(lengths, budget, order, seed)]
 
 
 @settings(deadline=None)
-@given(lengths=lengths_of_rows, budget=st.integers(1, 800), order=st.sampled_from(['length', 'given']), seed=st.sampled_from([None, 3]))
-def test_results_come_back_in_order(lengths, budget, order, seed):
-    plan = plan_batches(lengths, budget, order, seed)
-    values = np.arange(len(lengths)*2).reshape(-1, 2)
-    if not lengths: return
-    assert (restore(plan, [values[rows] for rows in plan]) == values).all()
-    assert torch.equal(restore(plan, [torch.from_numpy(values[rows]) for rows in plan]), torch.from_numpy(values))
-    assert (restore(plan, np.concatenate([values[rows] for rows in plan])) == values).all()
+@given(lengths=lengths_of_rows, budget=st.integers(1, 800))
+def test_long_rows_come_first_and_a_batch_takes_what_fits(lengths, budget):
+    plan = plan_batches(lengths, budget)
+    in_plan = [lengths[row] for rows in plan for row in rows]
+    assert in_plan == sorted(lengths, reverse=True)
+    for rows, _ in zip(plan, plan[1:]): assert lengths[rows[0]]*(len(rows) + 1) > budget   # the next row had no place
 
 
-def test_given_order_is_kept_and_length_order_pads_less():
+def test_batches_by_length_pad_less_than_rows_as_they_come():
     lengths = np.random.default_rng(0).integers(10, 1000, 500)
-    given, sorted_ = plan_batches(lengths, 4096, 'given'), plan_batches(lengths, 4096)
-    assert np.concatenate(given).tolist() == list(range(500))
-    assert lengths[sorted_[0][0]] == lengths.max()
-    assert padding_report(lengths, sorted_)['efficiency'] > .9 > padding_report(lengths, given)['efficiency']
+    by_length = plan_batches(lengths, 4096)
+    as_they_come = np.array_split(np.arange(500), len(by_length))
+    assert lengths[by_length[0][0]] == lengths.max()
+    assert padding_report(lengths, by_length)['efficiency'] > .9 > padding_report(lengths, as_they_come)['efficiency']
 
 
-def test_nothing_to_plan(): assert plan_batches([], 10) == [] and padding_report([], [])['efficiency'] == 1 and len(restore([], [])) == 0
+def test_nothing_to_plan():
+    assert plan_batches([], 10) == []
+    assert padding_report([], [])['efficiency'] == 1
 
 
 @pytest.mark.parametrize('head', ['pair', 'joint'])
 @settings(deadline=None)
-@given(rows=st.lists(st.fixed_dictionaries(dict(prompt=ids, a=ids, b=ids)), min_size=1, max_size=6), data=st.data())
+@given(rows=st.lists(rows_of_ids, min_size=1, max_size=6), data=st.data())
 def test_masks_show_real_tokens_and_nothing_else(head, rows, data):
-    frame, swapped = (PAIR if head == 'pair' else JOINT), data.draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows)))
-    seqs = [sequences(frame, seg, head, s) for seg, s in zip(rows, swapped)]
-    batch = collate(seqs, range(len(rows)), swapped, pad_id=0)
-    flat = [s[i] for i in range(len(seqs[0])) for s in seqs]
     n = len(rows)
-    assert len(batch.input_ids) == len(flat) == (2*n if head == 'pair' else n) and batch.rows.tolist() == list(range(n)) and batch.swapped.tolist() == swapped
-    for got, mask, pool, read, s in zip(batch.input_ids, batch.attention_mask, batch.pool_mask, batch.read, flat):
-        assert got[mask.bool()].tolist() == s.ids and mask.sum() == len(s.ids) and not got[len(s.ids):].any()
-        assert got[pool.bool()].tolist() == s.ids[s.pool[0]:s.pool[1]] and pool.sum() >= 1 and (pool <= mask).all() and mask[read] == 1
+    swapped = data.draw(st.lists(st.booleans(), min_size=n, max_size=n))
+    seqs = [sequences(FRAMES[head], seg, head, swap) for seg, swap in zip(rows, swapped)]
+    batch = collate(seqs, range(n), swapped, pad_id=0)
+    flat = [of_row[i] for i in range(len(seqs[0])) for of_row in seqs]
+    assert len(batch.input_ids) == len(flat) == (2*n if head == 'pair' else n)
+    assert batch.rows.tolist() == list(range(n)) and batch.swapped.tolist() == swapped
+    for i, s in enumerate(flat):
+        line, mask, pool = batch.input_ids[i], batch.attention_mask[i], batch.pool_mask[i]
+        # real tokens, then padding
+        assert line[mask.bool()].tolist() == s.ids and mask.sum() == len(s.ids)
+        assert not line[len(s.ids):].any()
+        # what is pooled and read is real
+        assert line[pool.bool()].tolist() == s.ids[slice(*s.pool)] and pool.sum() >= 1
+        assert (pool <= mask).all() and mask[batch.read[i]] == 1
     assert batch.tokens == sum(len(s.ids) for s in flat) <= batch.padded == batch.input_ids.numel()
-    assert (batch.input_ids.dtype, batch.attention_mask.dtype, batch.pool_mask.dtype, batch.read.dtype) == (torch.int64, torch.int64, torch.float32, torch.int64)
-    assert (batch.rows.dtype, batch.swapped.dtype) == (torch.int64, torch.bool)
+
+
+def test_types_of_a_batch():
+    batch = collate([sequences(PAIR, dict(prompt=[10], a=[11], b=[]), 'pair')], [4], [False], pad_id=0)
+    for name in ('input_ids', 'attention_mask', 'read', 'rows'): assert getattr(batch, name).dtype == torch.int64
+    assert batch.pool_mask.dtype == torch.float32 and batch.swapped.dtype == torch.bool
 
 
 @settings(deadline=None)
-@given(seg=st.fixed_dictionaries(dict(prompt=ids, a=ids, b=ids)))
+@given(seg=rows_of_ids)
 def test_layouts(seg):
     exchanged = dict(prompt=seg['prompt'], a=seg['b'], b=seg['a'])
-    for frame, head in ((PAIR, 'pair'), (JOINT, 'joint')):
+    for head, frame in FRAMES.items():
         assert sequences(frame, seg, head, swapped=True) == sequences(frame, exchanged, head)
     first, second = sequences(PAIR, seg, 'pair')
-    assert first.ids == [1, *seg['prompt'], 2, *seg['a'], 3] and second.ids == [1, *seg['prompt'], 2, *seg['b'], 3]
+    assert first.ids == [1, *seg['prompt'], 2, *seg['a'], 3]
+    assert second.ids == [1, *seg['prompt'], 2, *seg['b'], 3]
     assert first.ids[slice(*first.pool)] == (seg['a'] or [3]) and first.ids[first.read] == 3
     joint, = sequences(JOINT, seg, 'joint')
-    assert joint.ids == [1, *seg['prompt'], 4, *seg['a'], 5, *seg['b'], 3] and joint.pool == (0, len(joint.ids)) and joint.read == 0
+    assert joint.ids == [1, *seg['prompt'], 4, *seg['a'], 5, *seg['b'], 3]
+    assert joint.pool == (0, len(joint.ids)) and joint.read == 0
     assert sequences(JOINT, seg, 'joint', read='last')[0].read == len(joint.ids) - 1
 
 
@@ -86,7 +103,7 @@ def test_a_batch_moves_whole():
 
 def test_mistakes():
     with pytest.raises(UserError, match='token budget'): plan_batches([3], 0)
-    with pytest.raises(UserError, match="'length' or 'given'"): plan_batches([3], 10, order='random')
-    with pytest.raises(ValueError, match='exactly once'): restore([[0, 2]], np.zeros(2))
-    with pytest.raises(ValueError, match='2 values for 3 rows'): restore([[0, 1, 2]], np.zeros(2))
     with pytest.raises(ValueError, match='at least one row'): collate([], [], [], 0)
+    empty = dict(prompt=[], a=[], b=[])
+    one, two = (sequences(FRAMES[head], empty, head) for head in ('joint', 'pair'))
+    with pytest.raises(ValueError, match='same number of sequences'): collate([one, two], [0, 1], [False]*2, 0)
