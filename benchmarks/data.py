@@ -2,8 +2,9 @@
 
     python -m benchmarks.data [--rows 57477] [--train FILE] [--tokenizer DIR] [--head pair] [--max-length 1024]
 
-Each side runs in a process of its own and reads the same file. The last line of output is JSON. Without --train, rows are generated with the lengths of the LMSYS
-competition's train.csv; without --tokenizer, a byte-level BPE is trained on the spot.
+Each side runs in a process of its own and reads the same file. Without --train, rows are generated with the lengths
+of the LMSYS competition's train.csv; without --tokenizer, a byte-level BPE is trained on the spot. The last line of
+output is JSON.
 """
 import argparse
 import json
@@ -17,17 +18,23 @@ import numpy as np
 
 from underdog.search.estimate import CHARS_PER_TOKEN, LENGTHS, PROMPT_SHARE
 
-MULTI_TURN = .13          # share of rows with more than one turn
-WORDS = """the of and to in a is that for it as was with be by on not he this are or his from at which but have an had they you were their one all we can
-her has there been if more when will would who so no about code value list return function question answer because example time people number water write
-language model first system world work point these could different important reason large small between under think explain great story""".split()
+from benchmarks.common import save_tokenizer
+
+MULTI_TURN = .13   # share of rows with more than one turn
+WORDS = """
+the of and to in a is that for it as was with be by on not he this are or his from at which but have an had they you
+were their one all we can her has there been if more when will would who so no about code value list return function
+question answer because example time people number water write language model first system world work point these
+could different important reason large small between under think explain great story""".split()
+SYLLABLES = ['ka', 'ren', 'to', 'mi', 'sol', 'ver', 'ta', 'qui', 'lan', 'des', 'por', 'ing', 'ble']
+BREAKS = ['\n', '\n\n', '\n- ', '.\n', ', ', '. ']
 
 
 def random_text(chars, rng):
     "About `chars` characters of common words, invented words, numbers, lists and paragraphs."
-    syllables = ['ka', 'ren', 'to', 'mi', 'sol', 'ver', 'ta', 'qui', 'lan', 'des', 'por', 'ing', 'ble']
-    invented = [''.join(rng.choice(syllables, rng.integers(2, 5))) for _ in range(3000)]
-    pool = np.array(WORDS*20 + invented + [str(n) for n in range(200)] + ['\n', '\n\n', '\n- ', '.\n', ', ', '. '*1]*60, dtype=object)
+    invented = [''.join(rng.choice(SYLLABLES, rng.integers(2, 5))) for _ in range(3000)]
+    numbers = [str(n) for n in range(200)]
+    pool = np.array(WORDS*20 + invented + numbers + BREAKS*60, dtype=object)
     return ' '.join(rng.choice(pool, chars//5))
 
 
@@ -36,17 +43,23 @@ def make_rows(n, seed=0):
     import pandas as pd
     rng = np.random.default_rng(seed)
     text = random_text(8_000_000, rng)
+    # characters and turns of each row, and how the two answers share what the prompt leaves
     share, tokens = np.array(LENGTHS).T
     total = np.exp(np.interp(rng.random(n), share, np.log(tokens)))*CHARS_PER_TOKEN
     turns = np.where(rng.random(n) < MULTI_TURN, rng.integers(2, 6, n), 1)
-    split = rng.beta(8, 8, n)    # how the two answers share the rest
+    split = rng.beta(8, 8, n)
 
     def cell(chars, turns):
         at = rng.integers(0, len(text) - int(chars) - 1)
         size = max(1, int(chars)//turns)
         return [text[at + i*size:at + (i + 1)*size] for i in range(turns)]
-    rows = [(cell(c*PROMPT_SHARE, t), cell(c*(1 - PROMPT_SHARE)*s, t), cell(c*(1 - PROMPT_SHARE)*(1 - s), t)) for c, t, s in zip(total, turns, split)]
+
+    # texts are pieces of the one text
+    rows, answers = [], 1 - PROMPT_SHARE
+    for c, t, s in zip(total, turns, split):
+        rows.append((cell(c*PROMPT_SHARE, t), cell(c*answers*s, t), cell(c*answers*(1 - s), t)))
     df = pd.DataFrame(rows, columns=['prompt', 'response_a', 'response_b'])
+    # the other columns of a train.csv
     winner = rng.integers(0, 3, n)
     df.insert(0, 'id', np.arange(n))
     df.insert(1, 'model_a', 'one')
@@ -55,14 +68,8 @@ def make_rows(n, seed=0):
 
 
 def make_tokenizer(folder, seed=0):
-    "Train a byte-level BPE of 8,000 entries on generated text and save it to `folder`."
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=8000, special_tokens=['<s>', '</s>'], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    bpe.train_from_iterator([random_text(1_000_000, np.random.default_rng(seed))], trainer)
-    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token='<s>', eos_token='</s>').save_pretrained(folder)
+    "A byte-level BPE of 8,000 entries, trained on generated text, in `folder`."
+    save_tokenizer(folder, [random_text(1_000_000, np.random.default_rng(seed))], 8000)
 
 
 def peak_gb():
@@ -73,47 +80,82 @@ def peak_gb():
     return peak_memory_gb()
 
 
-def run_underdog(file, tokenizer, head, max_length, cache):
+# ---- the two sides, each in a process of its own
+def run_underdog(args):
     "Read and tokenize with underdog; a second pass finds the cache."
     from underdog.machine import quiet
     from underdog.data.rows import read_rows
     from underdog.text.prompt import PromptConfig, Prompter, tokenize_rows
     quiet()
-    prompter = Prompter(PromptConfig(max_length=max_length), tokenizer, head)
+    prompter = Prompter(PromptConfig(max_length=args.max_length), args.tokenizer, args.head)
+    # read and tokenize
     start = time.perf_counter()
-    df, _ = read_rows(file)
-    read = time.perf_counter() - start
-    tokens = tokenize_rows(df, prompter, cache)
-    seconds, peak = time.perf_counter() - start, peak_gb()
+    df, _ = read_rows(args.train)
+    read_s = time.perf_counter() - start
+    tokens = tokenize_rows(df, prompter, args.cache)
+    seconds = time.perf_counter() - start
+    peak = peak_gb()
+    # from the cache
     again = time.perf_counter()
-    tokenize_rows(df, prompter, cache)
-    full = sum(int(np.sum(tokens[i:i + 10000]['full'])) for i in range(0, len(tokens), 10000))
-    return dict(rows=len(df), seconds=seconds, read_s=read, peak=peak, cached_s=time.perf_counter() - again, tokens=full)
+    tokenize_rows(df, prompter, args.cache)
+    total = sum(int(np.sum(tokens[i:i + 10000]['full'])) for i in range(0, len(tokens), 10000))
+    cached_s = time.perf_counter() - again
+    return dict(rows=len(df), seconds=seconds, read_s=read_s, peak=peak, cached_s=cached_s, tokens=total)
 
 
-def run_loop(file, tokenizer, head, max_length, cache):
+def run_loop(args):
     "What most public notebooks do: pandas, a loop over the rows, three tokenizer calls each, ids in lists."
     import pandas as pd
     from transformers import AutoTokenizer
-    tok = AutoTokenizer.from_pretrained(tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     start = time.perf_counter()
-    df, rows = pd.read_csv(file), []
-    read = time.perf_counter() - start
+    df = pd.read_csv(args.train)
+    read_s = time.perf_counter() - start
+    # a third of the length for each text
+    rows, room = [], args.max_length//3
     for _, row in df.iterrows():
-        ids = [tok('\n'.join(t or '' for t in json.loads(row[c])), add_special_tokens=False)['input_ids'] for c in ('prompt', 'response_a', 'response_b')]
-        room = max_length//3
-        rows.append(dict(zip(('prompt', 'a', 'b'), (i[-room:] for i in ids)), id=row['id']))
+        texts = ['\n'.join(turn or '' for turn in json.loads(row[c])) for c in ('prompt', 'response_a', 'response_b')]
+        prompt, a, b = (tokenizer(text, add_special_tokens=False)['input_ids'][-room:] for text in texts)
+        rows.append(dict(prompt=prompt, a=a, b=b, id=row['id']))
     tokens = pd.DataFrame(rows)
-    return dict(rows=len(tokens), seconds=time.perf_counter() - start, read_s=read, peak=peak_gb())
+    return dict(rows=len(tokens), seconds=time.perf_counter() - start, read_s=read_s, peak=peak_gb())
 
 
-def measure(side, args, file, tokenizer, cache):
+SIDES = dict(underdog=run_underdog, loop=run_loop)
+
+
+def measure(side, args, cache):
     "Run one side in a fresh process; its figures."
-    command = [sys.executable, '-m', 'benchmarks.data', '--side', side, '--train', str(file), '--tokenizer', str(tokenizer), '--head', args.head,
-               '--max-length', str(args.max_length), '--cache', str(cache)]
+    options = dict(side=side, train=args.train, tokenizer=args.tokenizer, head=args.head, max_length=args.max_length,
+                   cache=cache)
+    command = [sys.executable, '-m', 'benchmarks.data']
+    for name, value in options.items(): command += ['--' + name.replace('_', '-'), str(value)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode: raise SystemExit(f'the {side} side failed, see above')
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def fill_in(args, folder):
+    "Make the rows and the tokenizer that `args` leave out."
+    if not args.train:
+        from underdog.data.competition import LMSYS
+        from underdog.data.rows import write_rows
+        args.train = str(folder/'train.csv')
+        print(f'writing {args.rows:,} generated rows …', flush=True)
+        write_rows(args.train, make_rows(args.rows), LMSYS)
+    if not args.tokenizer:
+        args.tokenizer = str(folder/'tokenizer')
+        make_tokenizer(args.tokenizer)
+
+
+def show(ours, loop):
+    "Print a line for each side, and one for the cache."
+    print(f"{'':22}{'rows/s':>10}{'seconds':>10}{'reading':>10}{'peak GB':>10}")
+    for name, side in (('underdog', ours), ('pandas + per-row loop', loop)):
+        rate = side['rows']/side['seconds']
+        print(f"{name:22}{rate:>10,.0f}{side['seconds']:>10.1f}{side['read_s']:>10.1f}{side['peak']:>10.2f}")
+    rate = ours['rows']/ours['cached_s']
+    print(f"{'underdog, cached':22}{rate:>10,.0f}{ours['cached_s']:>10.1f}\n")
 
 
 def main():
@@ -123,34 +165,33 @@ def main():
     parser.add_argument('--tokenizer', default='', help='folder of a tokenizer')
     parser.add_argument('--head', default='pair', choices=('pair', 'joint'))
     parser.add_argument('--max-length', type=int, default=1024)
-    parser.add_argument('--side', choices=('underdog', 'loop'), help=argparse.SUPPRESS)
+    parser.add_argument('--side', choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument('--cache', default='', help=argparse.SUPPRESS)
     args = parser.parse_args()
+    # a child measures its side
     if args.side:
-        run = run_underdog if args.side == 'underdog' else run_loop
-        print(json.dumps(run(args.train, args.tokenizer, args.head, args.max_length, args.cache)))
+        print(json.dumps(SIDES[args.side](args)))
         return
+    # the parent makes what is missing and starts a child for each side
     if args.rows < 1: parser.error('--rows must be above 0')
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        file, tokenizer = Path(args.train or folder/'train.csv'), args.tokenizer or folder/'tokenizer'
-        if not args.train:
-            from underdog.data.competition import LMSYS
-            from underdog.data.rows import write_rows
-            print(f'writing {args.rows:,} generated rows …', flush=True)
-            write_rows(file, make_rows(args.rows), LMSYS)
-        if not args.tokenizer: make_tokenizer(tokenizer)
-        ours, loop = (measure(side, args, file, tokenizer, folder/'cache') for side in ('underdog', 'loop'))
-        size = file.stat().st_size/1e6
-    rate = {name: r['rows']/r['seconds'] for name, r in (('underdog', ours), ('loop', loop))}
-    print(f"{ours['rows']:,} rows, {size:,.0f} MB, {ours['tokens']:,} tokens, head {args.head}, max_length {args.max_length}\n")
-    print(f"{'':22}{'rows/s':>10}{'seconds':>10}{'reading':>10}{'peak GB':>10}")
-    for name, r in (('underdog', ours), ('pandas + per-row loop', loop)):
-        print(f"{name:22}{r['rows']/r['seconds']:>10,.0f}{r['seconds']:>10.1f}{r['read_s']:>10.1f}{r['peak']:>10.2f}")
-    print(f"{'underdog, cached':22}{ours['rows']/ours['cached_s']:>10,.0f}{ours['cached_s']:>10.1f}\n")
-    print(json.dumps(dict(rows=ours['rows'], underdog_rows_per_s=round(rate['underdog'], 1), loop_rows_per_s=round(rate['loop'], 1),
-                          ratio=round(rate['underdog']/rate['loop'], 2), peak_memory_gb=round(ours['peak'], 3), loop_peak_memory_gb=round(loop['peak'], 3),
-                          cached_s=round(ours['cached_s'], 2))))
+        fill_in(args, Path(folder))
+        ours, loop = (measure(side, args, Path(folder)/'cache') for side in SIDES)
+        size = Path(args.train).stat().st_size/1e6
+    # figures
+    print(f"{ours['rows']:,} rows, {size:,.0f} MB, {ours['tokens']:,} tokens, head {args.head}, "
+          f'max_length {args.max_length}\n')
+    show(ours, loop)
+    rate = {name: side['rows']/side['seconds'] for name, side in (('underdog', ours), ('loop', loop))}
+    print(json.dumps(dict(
+        rows=ours['rows'],
+        underdog_rows_per_s=round(rate['underdog'], 1),
+        loop_rows_per_s=round(rate['loop'], 1),
+        ratio=round(rate['underdog']/rate['loop'], 2),
+        peak_memory_gb=round(ours['peak'], 3),
+        loop_peak_memory_gb=round(loop['peak'], 3),
+        cached_s=round(ours['cached_s'], 2),
+    )))
 
 
 if __name__ == '__main__': main()

@@ -1,7 +1,13 @@
-"""Kill training and inference at random moments, start them again, and look for anything that was lost: `python -m benchmarks.faults --kills 50`.
+"""Kill training and inference at random moments, start them again, and look for anything that was lost.
 
-Real processes, SIGKILL: of everything (the machine is gone), of the worker alone, of the parent alone, of one inference worker. Half of the moments are drawn from the whole duration, start-up included; the other half come while a checkpoint or a
-submission is being written. The wall clock of every process jumps by hours, back and forth. What counts is the end: weights, held-out predictions and submission must be those of runs that were never disturbed."""
+    python -m benchmarks.faults [--kills 50] [--rows 140]
+
+Real processes, SIGKILL: of everything (the machine is gone), of the worker alone, of the parent alone, of one inference
+worker. Half of the moments are drawn from the whole duration, start-up included; the other half come while a checkpoint
+or a submission is being written. The wall clock of every process jumps by hours, back and forth. What counts is the
+end: weights, held-out predictions and submission must be those of runs that were never disturbed. The last line of
+output is JSON.
+"""
 import argparse
 import contextlib
 import io
@@ -12,94 +18,151 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks.common import last_line, make_world, one_thread
 
 ROOT = Path(__file__).resolve().parents[1]
-JUMPS = "import random, time\n_real = time.time\ntime.time = lambda: _real() + random.Random(int(_real()*2)).choice([-86400, 0, 7200])\n"   # loaded by every process as sitecustomize
+JUMPS = '''import random, time
+_real = time.time
+time.time = lambda: _real() + random.Random(int(_real()*2)).choice([-86400, 0, 7200])
+'''   # loaded by every process as sitecustomize
+WRITTEN = dict(   # files that are there while something is written
+    train=['checkpoint/.step-*', '.oof*', '.adapter*'],
+    infer=['.submission.csv.*', '.answers*', '.predictions*'],
+)
+VICTIMS = dict(
+    train=['all', 'all', 'worker', 'parent'],
+    infer=['all', 'all', 'worker', 'parent', 'youngest'],
+)
+WHOLE = dict(train='whole', infer='whole-infer')   # folders of the runs that are not disturbed
 
 
-def job(kind, folder, out):
-    "What a killed process was doing: a whole training, or a whole inference with a deadline an hour away."
+# ---- what is killed
+def train_job(folder, out):
+    "A whole training, with a checkpoint every .3 seconds."
+    from underdog.session import SessionConfig
+    from underdog.training.run import train
+    from underdog.model.model import ModelConfig
+    from underdog.text.prompt import PromptConfig
+    from underdog.training.settings import TrainConfig
+    model = ModelConfig(str(folder/'base'), rank=4, quantization='none')
+    cfg = TrainConfig(n_folds=3, epochs=6., batch_rows=8, batch_tokens=512, lr=1e-2, head_lr=1e-2, evaluations=4)
+    session = SessionConfig(save_minutes=.005)
+    train(folder/'data'/'train.csv', model, out, PromptConfig(max_length=96), cfg=cfg, session=session)
+
+
+def infer_job(folder, out):
+    "A whole inference by two workers, with a deadline an hour away."
+    from underdog.inference.job import InferConfig
+    from underdog.inference.scored import predict
+    sample = str(folder/'data'/'sample_submission.csv')
+    cfg = InferConfig(batch_tokens=300, processes=2, sample_submission=sample, time_limit=1., publish_s=.2)
+    predict(str(folder/WHOLE['train']), folder/'data'/'test.csv', out, cfg)
+
+
+JOBS = dict(train=train_job, infer=infer_job)
+
+
+def do_job(kind, folder, out):
     from underdog.machine import quiet
     quiet()
-    data, base = Path(folder)/'data', str(Path(folder)/'base')
-    if kind == 'train':
-        from underdog.session import SessionConfig
-        from underdog.training.run import train
-        from underdog.model.model import ModelConfig
-        from underdog.text.prompt import PromptConfig
-        from underdog.training.settings import TrainConfig
-        cfg = TrainConfig(n_folds=3, epochs=6., batch_rows=8, batch_tokens=512, lr=1e-2, head_lr=1e-2, evaluations=4)
-        train(data/'train.csv', ModelConfig(base, rank=4, quantization='none'), out, PromptConfig(max_length=96), cfg=cfg, session=SessionConfig(save_minutes=.005))
-    else:
-        from underdog.inference.job import InferConfig
-        from underdog.inference.scored import predict
-        predict(str(Path(folder)/'whole'), data/'test.csv', out, 
-                InferConfig(batch_tokens=300, processes=2, sample_submission=str(data/'sample_submission.csv'), time_limit=1., publish_s=.2))
+    JOBS[kind](Path(folder), out)
 
 
 def start(kind, folder, out):
-    env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(folder/'jumps'), str(ROOT), os.environ.get('PYTHONPATH', '')]), OMP_NUM_THREADS='1')
-    return subprocess.Popen([sys.executable, '-m', 'benchmarks.faults', '--job', kind, str(folder), str(out)], stdout=open(folder/'log.txt', 'ab'), stderr=subprocess.STDOUT, env=env, cwd=ROOT)
+    "A process that does the job `kind`."
+    path = [str(folder/'jumps'), str(ROOT), os.environ.get('PYTHONPATH', '')]
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join(path), OMP_NUM_THREADS='1')
+    command = [sys.executable, '-m', 'benchmarks.faults', '--job', kind, str(folder), str(out)]
+    with open(folder/'log.txt', 'ab') as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, cwd=ROOT)
+
+
+# ---- kills
+class Moment(NamedTuple):
+    "When to kill: after so many seconds, and not before a file is there that fits the pattern."
+    after: float
+    pattern: str
+
+    def __str__(self):
+        file = f' at {self.pattern}' if self.pattern else ''
+        return f'{self.after:.1f} s after its start{file}'
+
+
+def draw_moment(kind, seconds, rng):
+    "Any moment of a job that takes `seconds`, or one at which it writes."
+    pattern = rng.choice(WRITTEN[kind])
+    if rng.random() < .5: return Moment(rng.uniform(0, seconds), '')
+    return Moment(rng.uniform(0, .6*seconds), pattern)
 
 
 def wait_for(moment, process, out, seconds):
-    "Wait until the drawn moment: a time, or the first sight of a file that is being written (after that time)."
-    after, pattern = moment
+    "Wait until the moment; False when the process ended before it."
     began = time.monotonic()
     while process.poll() is None and time.monotonic() - began < 3*seconds + 30:
-        if time.monotonic() - began >= after and (not pattern or any(out.glob(pattern))): return True
+        late = time.monotonic() - began >= moment.after
+        if late and (not moment.pattern or any(out.glob(moment.pattern))): return True
         time.sleep(.002)
     return process.poll() is None
 
 
-def kill(process, whom, rng):
-    "SIGKILL `whom`: everything, the worker, the parent, or the youngest process; then wait until none is left that was meant to die."
+def kill(process, whom):
+    "SIGKILL `whom`: everything, the worker, the parent, or the youngest process; then wait for those that are to die."
     import psutil
     try: tree = psutil.Process(process.pid).children(recursive=True)
     except psutil.NoSuchProcess: tree = []
-    python = [p for p in tree if p.is_running()]
-    chosen = dict(all=[process, *python], parent=[process], worker=python[:1], youngest=python[-1:])[whom] or [process]
-    for p in chosen:
+    # the chosen ones
+    children = [p for p in tree if p.is_running()]
+    chosen = dict(all=[process, *children], parent=[process], worker=children[:1], youngest=children[-1:])
+    for p in chosen[whom] or [process]:
         with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError): p.kill()
     if whom != 'youngest': process.wait(120)
-    if whom in ('parent', 'worker'):   # orphans end by themselves: they notice that their parent is gone
-        gone, alive = psutil.wait_procs(python, timeout=60)
+    # orphans end by themselves: they notice that their parent is gone
+    if whom in ('parent', 'worker'):
+        _, alive = psutil.wait_procs(children, timeout=60)
         for p in alive: raise RuntimeError(f'an orphan stays: {p.cmdline()}')
 
 
-def torn(out):
-    "Files below `out` that cannot be read, temporaries of the killed process aside."
+# ---- what is left
+def read_arrays(file):
     import numpy as np
+    with np.load(file) as arrays: return [arrays[name] for name in arrays]
+
+
+def torn(out):
+    "What cannot be read below `out`, a line for each; temporaries of the killed process aside."
     import pandas as pd
 
     from underdog.training.checkpoint import Checkpoints
-    bad = []
-    for f in out.rglob('*'):
-        if not f.is_file() or f.name.startswith('.') or '.tmp' in str(f): continue
-        try: {'.json': lambda f: json.loads(f.read_text()), '.parquet': pd.read_parquet, '.csv': pd.read_csv, '.npz': lambda f: [np.load(f)[k] for k in np.load(f)]}.get(f.suffix, lambda f: None)(f)
-        except Exception as e: bad.append(f'{f}: {e}')
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said): Checkpoints(out/'checkpoint').load()
-    return bad + said.getvalue().splitlines()
+    readers = {
+        '.json': lambda file: json.loads(file.read_text()),
+        '.parquet': pd.read_parquet,
+        '.csv': pd.read_csv,
+        '.npz': read_arrays,
+    }
+    broken = []
+    for file in out.rglob('*'):
+        temporary = file.name.startswith('.') or '.tmp' in str(file)
+        if not file.is_file() or temporary or file.suffix not in readers: continue
+        try: readers[file.suffix](file)
+        except Exception as e: broken.append(f'{file}: {e}')
+    # a broken checkpoint is told in a line
+    with contextlib.redirect_stdout(io.StringIO()) as printed: Checkpoints(out/'checkpoint').load()
+    return broken + printed.getvalue().splitlines()
 
 
 def steps_redone(out):
     "Steps that were logged and are not in the newest checkpoint."
     from underdog.training.checkpoint import Checkpoints
     from underdog.runfolder import RunFolder
-    if (out/'adapter').exists(): return 0   # done, but for the last words
-    metrics, kept = RunFolder(out).metrics(), Checkpoints(out/'checkpoint').steps()
-    return int(metrics['step'].max() if 'step' in metrics else 0) - (kept[0] if kept else 0)
-
-
-def result(kind, out):
-    "What must be equal in the end."
-    import pandas as pd
-    if kind == 'train': return [f.read_bytes() for f in sorted((out/'adapter').glob('*.safetensors'))], pd.read_parquet(out/'oof.parquet').to_csv()
-    return (out/'submission.csv').read_bytes(), pd.read_parquet(out/'predictions.parquet').round(5).to_csv()   # parts differ from start to start: rounding does
+    run = RunFolder(out)
+    if run.trained: return 0   # done, but for the last words
+    metrics, saved = run.metrics(), Checkpoints(run.checkpoint).steps()
+    logged = int(metrics['step'].max()) if 'step' in metrics else 0
+    return logged - (saved[0] if saved else 0)
 
 
 def valid(out, folder):
@@ -113,48 +176,77 @@ def valid(out, folder):
         return False
 
 
-def same(kind, a, b):
+def same(kind, out, undisturbed):
+    "Is the result in `out` that of the undisturbed run?"
     import numpy as np
     import pandas as pd
-    if kind == 'train': return a == b
-    tables = [pd.read_csv(io.BytesIO(x[0])) for x in (a, b)]
-    return tables[0]['id'].equals(tables[1]['id']) and np.allclose(tables[0].iloc[:, 1:], tables[1].iloc[:, 1:], atol=1e-4)
+
+    from underdog.runfolder import RunFolder
+    if kind == 'train':
+        def result(folder):
+            run = RunFolder(folder)
+            return [f.read_bytes() for f in sorted(run.adapter.glob('*.safetensors'))], run.oof().to_csv()
+        return result(out) == result(undisturbed)
+    # the predictions must be whole; how rows fall into parts differs from start to start, and rounding with it
+    pd.read_parquet(out/'predictions.parquet')
+    a, b = (pd.read_csv(folder/'submission.csv') for folder in (out, undisturbed))
+    return a['id'].equals(b['id']) and np.allclose(a.iloc[:, 1:], b.iloc[:, 1:], atol=1e-4)
 
 
-def disturb(kind, folder, kills, rng, figures):
+# ---- the whole
+@dataclass
+class Figures:
+    "What was done and what was lost: the JSON of the last line."
+    kills: int = 0
+    lost_runs: int = 0
+    invalid_submissions: int = 0
+    max_steps_redone: int = 0
+    torn_files: int = 0
+    runs: int = 0
+    whom: dict = field(default_factory=dict)
+    seconds: dict = field(default_factory=dict)   # of the undisturbed runs
+
+
+def strike(kind, out, rng, figures):
+    "Start a job in `out` and kill it at a drawn moment; True if it lived so long."
+    folder = out.parent
+    process, seconds = start(kind, folder, out), figures.seconds[kind]
+    moment, whom = draw_moment(kind, seconds, rng), rng.choice(VICTIMS[kind])
+    struck = wait_for(moment, process, out, seconds)
+    if struck:
+        kill(process, whom)
+        figures.kills += 1
+        figures.whom[whom] = figures.whom.get(whom, 0) + 1
+        if whom == 'youngest': process.wait(300)
+        if kind == 'train': figures.max_steps_redone = max(figures.max_steps_redone, steps_redone(out))
+    # what it has left
+    broken = torn(out)
+    figures.torn_files += len(broken)
+    figures.invalid_submissions += kind == 'infer' and not valid(out, folder)
+    event = f'kill {figures.kills}, {whom}, {moment}' if struck else 'ended before the kill'
+    print('; '.join([f'{out.name}: {event}', *broken]), flush=True)
+    return struck
+
+
+def disturb(kind, kills, folder, *, rng, figures):
     "Kill `kills` times; every few kills the run is let through to its end and compared."
-    reference, seconds = folder/('whole' if kind == 'train' else 'whole-infer'), figures['seconds'][kind]
-    wanted, life, left = result(kind, reference), 0, rng.randint(1, 4)
-    out = folder/f'{kind}-{life}'
+    number, left = 0, rng.randint(1, 4)
     while kills > 0:
-        process = start(kind, folder, out)
-        pattern = rng.choice(['checkpoint/.step-*', '.oof*', '.adapter*']) if kind == 'train' else rng.choice(['.submission.csv.*', '.answers*', '.predictions*'])
-        moment = (rng.uniform(0, seconds), '') if rng.random() < .5 else (rng.uniform(0, .6*seconds), pattern)
-        whom = rng.choice(['all', 'all', 'worker', 'parent'] + ['youngest']*(kind == 'infer'))
-        if struck := wait_for(moment, process, out, seconds):
-            kill(process, whom, rng)
-            kills, left, figures['kills'] = kills - 1, left - 1, figures['kills'] + 1
-            figures['whom'][whom] = figures['whom'].get(whom, 0) + 1
-            if whom == 'youngest': process.wait(300)
-            if kind == 'train': figures['max_steps_redone'] = max(figures['max_steps_redone'], steps_redone(out))
+        out = folder/f'{kind}-{number}'
+        if strike(kind, out, rng, figures): kills, left = kills - 1, left - 1
         else: left = 0   # it was quicker than the moment
-        bad = torn(out)
-        figures['torn_files'] += len(bad)
-        figures['invalid_submissions'] += kind == 'infer' and not valid(out, folder)
-        said = f"kill {figures['kills']}, {whom}, {moment[0]:.1f} s after its start{' at ' + moment[1] if moment[1] else ''}" if struck else 'ended before the kill'
-        print('; '.join([f'{kind} {life}: {said}', *bad]), flush=True)
-        if left <= 0 or kills == 0:
-            code = start(kind, folder, out).wait(600)
-            if code or not same(kind, result(kind, out), wanted):
-                figures['lost_runs'] += 1
-                print(f'{kind} {life}: LOST (exit code {code}); see {folder}/log.txt', flush=True)
-            figures['runs'] += 1
-            life, left = life + 1, rng.randint(1, 4)
-            out = folder/f'{kind}-{life}'
+        if left > 0 and kills > 0: continue
+        # to its end
+        code = start(kind, folder, out).wait(600)
+        if code or not same(kind, out, folder/WHOLE[kind]):
+            figures.lost_runs += 1
+            print(f'{out.name}: LOST (exit code {code}); see {folder}/log.txt', flush=True)
+        figures.runs += 1
+        number, left = number + 1, rng.randint(1, 4)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--kills', type=int, default=50, help='half in training, half in inference')
     parser.add_argument('--rows', type=int, default=140, help='of train.csv and of test.csv: how long a run takes')
     parser.add_argument('--seed', type=int, default=0)
@@ -162,21 +254,28 @@ def main():
     parser.add_argument('--job', nargs=3, metavar=('KIND', 'FOLDER', 'OUT'), help=argparse.SUPPRESS)
     args = parser.parse_args()
     one_thread()
-    if args.job: return job(*args.job)
+    if args.job: return do_job(*args.job)
+    figures, rng = Figures(), random.Random(args.seed)
     with tempfile.TemporaryDirectory() as tmp:
+        # rows, a base model, and a clock that jumps
         folder = Path(args.keep or tmp)
         os.environ['UNDERDOG_CACHE'] = str(folder/'cache')
         make_world(folder, n_train=args.rows, n_test=args.rows)
         (folder/'jumps').mkdir(parents=True, exist_ok=True)
         (folder/'jumps'/'sitecustomize.py').write_text(JUMPS)
-        figures, rng = dict(kills=0, lost_runs=0, invalid_submissions=0, max_steps_redone=0, torn_files=0, runs=0, whom={}, seconds={}), random.Random(args.seed)
-        for kind, out in (('train', 'whole'), ('infer', 'whole-infer')):
+        # undisturbed
+        for kind, out in WHOLE.items():
             began = time.monotonic()
-            if start(kind, folder, folder/out).wait(600): sys.exit(f'the undisturbed {kind} failed:\n{(folder/"log.txt").read_text()[-3000:]}')
-            figures['seconds'][kind] = time.monotonic() - began
-        print(f"undisturbed: training {figures['seconds']['train']:.1f} s, inference {figures['seconds']['infer']:.1f} s", flush=True)
-        for kind, kills in (('train', args.kills - args.kills//2), ('infer', args.kills//2)): disturb(kind, folder, kills, rng, figures)
-    last_line(figures)
+            if start(kind, folder, folder/out).wait(600):
+                sys.exit(f'the undisturbed {kind} failed:\n{(folder/"log.txt").read_text()[-3000:]}')
+            figures.seconds[kind] = time.monotonic() - began
+        print(f"undisturbed: training {figures.seconds['train']:.1f} s, inference {figures.seconds['infer']:.1f} s",
+              flush=True)
+        # disturbed
+        infer_kills = args.kills//2
+        disturb('train', args.kills - infer_kills, folder, rng=rng, figures=figures)
+        disturb('infer', infer_kills, folder, rng=rng, figures=figures)
+    last_line(vars(figures))
 
 
 if __name__ == '__main__': main()

@@ -30,9 +30,11 @@ from .record import Recorder
 from .settings import TrainConfig
 from .step import FitData, Training
 
-# %% ../../../nbs/4_training/09_worker.ipynb #f6889a4e
+# %% ../../../nbs/4_training/09_worker.ipynb #0b23b6fa
 def accelerator_for(config):
-    "The accelerator of a run: its GPU or the CPU; fp16 with a loss scale where that is the run's dtype, or the fast one here."
+    """The accelerator of the run with this `config`: on a GPU if there is one, else on the CPU.
+
+    On a GPU it has a loss scale where the run is in float16: by its own setting, or as that is the fast dtype here."""
     from accelerate import Accelerator
     from accelerate.utils import GradScalerKwargs
     import torch
@@ -42,7 +44,7 @@ def accelerator_for(config):
                        kwargs_handlers=[GradScalerKwargs(init_scale=2.**12)])
 
 def start(run, cfg, accelerator):
-    "(`Training` of a prepared run, its row table): tokens, model, memory."
+    "(the `Training` of a prepared `run`, its rows as a DataFrame): model and tokens loaded, memory planned."
     config, device = run.config, str(accelerator.device)
     comp, table = get_competition(config['competition']), run.rows()
     say = print if accelerator.is_local_main_process else lambda *args, **kwargs: None
@@ -50,35 +52,41 @@ def start(run, cfg, accelerator):
     # the model
     model_cfg = coerce(ModelConfig, config['model'])
     model = load_model(model_cfg, device)
-    # the rows, and what is known of them before reading
+    # the rows
     prompter = Prompter(coerce(PromptConfig, config['prompt']), model_cfg.path, model_cfg.head)
     source = RowSource(load_tokens(config['tokens']), prompter, model.packing)
+    y, held = table[columns('y', comp)].to_numpy(), table['held'].to_numpy()
+    # where it starts: at the best baseline, or a fresh head at the class prior
     offset = None
     if cfg.start == 'floors': offset = np.log(table[columns(f"floor_{config['best_floor']}", comp)].to_numpy())
     elif model.head_source != 'checkpoint': _start_at_prior(model.head, config['prior'])
-    held = table['held'].to_numpy()
-    data = FitData(source, table[columns('y', comp)].to_numpy(), offset, np.flatnonzero(~held), np.flatnonzero(held))
+    data = FitData(source, y, offset, train=np.flatnonzero(~held), held=np.flatnonzero(held))
     # memory
     memory = _plan_memory(model, data, cfg, accelerator)
     say('\n'.join([_sizes(model, data), memory, *_padding_warning(model, source, cfg)]), flush=True)
     return Training(model, data, cfg, accelerator), table
 
 def _start_at_prior(head, prior):
-    "Without a baseline to start from, a fresh head begins at the class prior."
+    "Let a fresh `head` predict the class frequencies `prior` (C,)."
     import torch
     head.start_at(torch.log(torch.tensor(prior).clamp(min=1e-3)))
 
 def _plan_memory(model, data, cfg, accelerator):
-    "Decide on a row of median length which layers are computed twice; returns the line of `plan_memory`."
+    "Choose the layers with gradient checkpointing, from what a row of median length takes: the line of `plan_memory`."
+    # a batch with that row
     lengths = data.source.lengths[data.train]
     median_row = data.train[np.argsort(lengths)[len(lengths)//2]]
     orders = 'both' if cfg.orders == 'both' else 'given'
     batch = data.source.batch(present([median_row], orders, model.cfg.head, None)).to(accelerator.device)
+    # a row that is longer than batch_tokens is a batch of its own
+    tokens = max(cfg.batch_tokens, int(lengths.max()))
+    # a fifth of the free memory is left for what is not planned
     processes = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     room = cfg.activation_gb*1e9 or .8*free_bytes(accelerator.device, processes)
-    return plan_memory(model, batch, max(cfg.batch_tokens, int(lengths.max())), cfg.checkpointing, room)
+    return plan_memory(model, batch, tokens, checkpointing=cfg.checkpointing, room=room)
 
 def _sizes(model, data):
+    "How large model and data are: a line."
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return (f'{trained:,} of {total:,} parameters are trained, head from {model.head_source}; '
@@ -86,26 +94,28 @@ def _sizes(model, data):
             f'{data.source.lengths.mean():,.0f} tokens a row')
 
 def _padding_warning(model, source, cfg):
-    "What it costs that the attention of `model` cannot be planned: a list with one line, or none."
+    "A list with one line where batches of `model` have to be padded, else an empty one."
     if model.packing: return []
     report = padding_report(source.lengths, plan_batches(source.lengths, cfg.batch_tokens))
-    return [f'warning: attention of {model.backbone.config.model_type} cannot be planned, so batches are padded and prompts '
-            f"computed once per answer; {1 - report['efficiency']:.1%} of the batches' room is empty on top of that"]
+    kind, empty = model.backbone.config.model_type, 1 - report['efficiency']
+    return [f'warning: rows cannot be packed for the attention of {kind}, so batches are padded, '
+            f'{empty:.1%} of them is padding, and prompts are computed once per answer']
 
 # %% ../../../nbs/4_training/09_worker.ipynb #70ec7065
 def same_everywhere(configs):
-    "`UserError` when the run configs of several processes, perhaps on several machines, are not for the same training."
+    "Raise `UserError` when the run configs of the processes, perhaps on several machines, are not for the same run."
     first, names = configs[0], set()
     for config in configs:
         names |= set(differences(first, config))
         if config['build_id'] != first['build_id']: names.add('build_id')
     if names:
-        raise UserError(f"the machines do not train the same: {', '.join(sorted(names))} differ; give each the same data, "
-                        'model, library and settings')
+        raise UserError(f"the machines do not train the same: {', '.join(sorted(names))} differ; give each the same "
+                        'data, model, library and settings')
 
 def _go_on(run, training, checkpoints):
     "Load the newest checkpoint that every machine has; True if there was one."
     from accelerate.utils import gather_object
+    # the newest that every machine can read
     common = set.intersection(*(set(steps) for steps in gather_object([checkpoints.steps()])))
     state = checkpoints.load(common) if common else None
     steps = set(gather_object([state and state['progress']['step']]))
@@ -114,16 +124,18 @@ def _go_on(run, training, checkpoints):
                         'copy the run folder of one to all')
     if state is None: return False
     training.load(state)
+    # forget the metrics of the steps that will be made again
     if training.accelerator.is_local_main_process:
         run.cut_metrics(training.at.step, training.at.evaluated)
-        other = state['processes'] != training.world
-        world = f", with {training.world} processes instead of {state['processes']}: equal but for rounding" if other else ''
-        print(f'going on after step {training.at.step} of {len(training.plan)}{world}', flush=True)
+        line = f'going on after step {training.at.step} of {len(training.plan)}'
+        if state['processes'] != training.world:
+            line += f", with {training.world} processes instead of {state['processes']}: equal but for rounding"
+        print(line, flush=True)
     return True
 
 # %% ../../../nbs/4_training/09_worker.ipynb #38bacbe0
 def work(run, end=math.inf, save_every=900.):
-    "Train the prepared `run` until it is done, or until the time.monotonic `end`; a checkpoint every `save_every` seconds."
+    "Train the prepared `run` to its end or until the time.monotonic `end`; a checkpoint every `save_every` seconds."
     from accelerate.utils import gather_object
     quiet()
     parent = int(os.environ.get('UNDERDOG_PARENT', 0))
@@ -133,13 +145,13 @@ def work(run, end=math.inf, save_every=900.):
     accelerator = accelerator_for(config)
     same_everywhere(gather_object([config]))
     seed_everything(cfg.seed)
-    # model, rows, memory
+    # load model and rows, plan memory
     training, table = start(run, cfg, accelerator)
-    recorder = Recorder(run, training, table, comp, session)
-    # 12 bytes a trained parameter: its value and Adam's two moments in fp32
+    recorder = Recorder(run, training, table, comp=comp, session=session)
+    # room for checkpoints: 12 bytes a trained parameter, for its value and Adam's two moments in fp32
     trained = sum(p.numel() for p in training.trained().values())
     if recorder.main: recorder.checkpoints.check_room(12*trained)
-    # the longest rows first; then from the checkpoint, or from a probe
+    # try the longest rows; then begin at the checkpoint, or with a probe
     speed = rehearse(training)
     resumed = _go_on(run, training, recorder.checkpoints)
     if not resumed and _wants_probe(training.model, cfg):
@@ -147,21 +159,23 @@ def work(run, end=math.inf, save_every=900.):
         recorder.say(start_from_probe(training.model, training.data, groups, cfg.probe_rows, seed=cfg.seed,
                                       accelerator=accelerator))
     recorder.say(_outlook(training, speed, session.clock))
-    # the hours
+    # train, for hours
     recorder.finish(fit(training, recorder, session))
     accelerator.end_training()
 
 def _wants_probe(model, cfg):
-    "Does the head start from a linear probe? A head that was loaded or fitted before does not."
+    "Does the head start from a linear probe? A head that came with the model does not."
     return cfg.probe_rows > 0 and HEADS[model.cfg.head].probe and model.head_source == 'seeded'
 
 def _outlook(training, speed, clock):
-    "What the rehearsal says of the hours to come: a line."
+    "How long the rest of the run will take, and whether this session has the time: a line."
     t, left = training, training.plan[training.at.step:]
     if not left: return 'every step is done, the evaluation is not'
+    # steps and evaluations at the speed of the rehearsal
     evaluations = sum(step > t.at.step for step in t.evaluations)
     seconds = sum(t.data.source.lengths[rows].sum() for rows in left)/speed + t.evaluation_s*evaluations
     line = f'{len(left)} steps to go at {speed:,.0f} tokens/s: about {duration(seconds)} with evaluations'
+    # the time limit, if there is one
     if clock.left == math.inf: return line
     more = ', so it will take more than one' if seconds > clock.left else ''
     return f'{line}; this session has {duration(clock.left)} left{more}'
@@ -169,7 +183,8 @@ def _outlook(training, speed, clock):
 # %% ../../../nbs/4_training/09_worker.ipynb #b1ea0769
 def _main(path, end, save_every):
     run = RunFolder(Path(path))
-    run_worker(work, run, float(end), float(save_every), failed=lambda reason: run.change_status('failed', reason))
+    note = lambda reason: run.change_status('failed', reason)
+    run_worker(work, run, float(end), float(save_every), failed=note)
 
 #| eval: false
 if __name__ == '__main__' and '__file__' in globals(): _main(*sys.argv[1:])
