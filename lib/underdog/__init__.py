@@ -7,7 +7,7 @@ _DOORS = {
     'read_rows': 'data.rows', 'Floors': 'data.floors', 'check_submission': 'data.submission',
     'PromptConfig': 'text.prompt', 'show_row': 'text.prompt',
     'ModelConfig': 'model.model', 'TrainConfig': 'training.settings', 'SessionConfig': 'session', 'train': 'training.run',
-    'RunFolder': 'runfolder', 'InferConfig': 'inference.job', 'predict': 'inference.scored', 'Blend': 'inference.blend',
+    'RunFolder': 'runfolder', 'InferConfig': 'inference.settings', 'predict': 'inference.scored', 'Blend': 'inference.blend',
     'make_plan': 'search.estimate',
 }
 __all__ = list(_DOORS)
