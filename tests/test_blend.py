@@ -2,14 +2,15 @@
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from underdog.core import UserError
+from underdog.data.competition import LMSYS, WSDM
+from underdog.data.folds import swap_probs
 from underdog.data.metrics import apply_temperature, bootstrap_ci, fit_temperature, log_loss, paired_ci
 from underdog.data.submission import check_submission, write_submission
 from underdog.inference.blend import Blend, cross_fit
-from underdog.data.competition import LMSYS, WSDM
-from underdog.core import UserError
-from underdog.data.folds import swap_probs
 
 
 def drawn(n=400, seed=0, c=3):
@@ -22,11 +23,13 @@ def drawn(n=400, seed=0, c=3):
 @given(st.integers(0, 10**6), st.sampled_from([2, 3]))
 def test_blend_is_at_least_as_good_as_its_best_member_and_symmetric(seed, c):
     truth, y, rng = drawn(60, seed, c)
-    preds = {n: apply_temperature(truth*rng.lognormal(0, s, truth.shape), 1) for n, s in (('one', .5), ('two', 1.), ('three', 2.))}
+    noise = dict(one=.5, two=1., three=2.)
+    preds = {n: apply_temperature(truth*rng.lognormal(0, s, truth.shape), 1) for n, s in noise.items()}
     blend = Blend.fit(y, preds, ridge=0.)
     assert log_loss(y, blend.predict(preds)) <= min(log_loss(y, p) for p in preds.values()) + 1e-6
     assert all(w >= 0 for w in blend.weights.values())
-    np.testing.assert_allclose(blend.predict({k: swap_probs(p) for k, p in preds.items()}), swap_probs(blend.predict(preds)), atol=1e-12)
+    exchanged = blend.predict({k: swap_probs(p) for k, p in preds.items()})
+    np.testing.assert_allclose(exchanged, swap_probs(blend.predict(preds)), atol=1e-12)
 
 
 def test_cross_fit_predicts_every_row_with_weights_of_other_groups():
@@ -35,9 +38,11 @@ def test_cross_fit_predicts_every_row_with_weights_of_other_groups():
     out = cross_fit(y, {'truth': truth, 'noise': rng.dirichlet([1, 1, 1], len(y))}, groups)
     np.testing.assert_allclose(out.sum(1), 1)
     assert log_loss(y, out) < log_loss(y, np.tile(y.mean(0), (len(y), 1)))
-    changed = y.copy()
-    changed[groups == 3] = [0, 0, 1]   # labels of a group do not reach its own predictions
-    np.testing.assert_allclose(cross_fit(changed, {'truth': truth, 'noise': out}, groups)[groups == 3], cross_fit(y, {'truth': truth, 'noise': out}, groups)[groups == 3])
+    # labels of a group do not reach its own predictions
+    changed, own = y.copy(), groups == 3
+    changed[own] = [0, 0, 1]
+    preds = {'truth': truth, 'noise': out}
+    np.testing.assert_allclose(cross_fit(changed, preds, groups)[own], cross_fit(y, preds, groups)[own])
 
 
 def test_temperature_undoes_sharpening():
@@ -52,7 +57,7 @@ def test_bootstrap_covers_the_expected_loss_at_about_its_rate():
         p = rng.dirichlet([2, 2, 2], 150)
         y = np.eye(3)[[rng.choice(3, p=t) for t in p]]
         low, high = bootstrap_ci(y, p, n=200, seed=i)
-        # the expected loss over new rows of this law is the mean entropy of Dirichlet(2,2,2), computed once from many draws
+        # the expected loss over new rows of this law is the mean entropy of Dirichlet(2,2,2), from many draws
         covered += low <= 0.9500 <= high
     assert 88 <= covered <= 100
 
@@ -72,7 +77,8 @@ def test_grouped_intervals_are_wider_when_rows_repeat():
 
 @pytest.fixture
 def sample(tmp_path):
-    pd.DataFrame({'id': [4294967295, 7, 8], **{c: 1/3 for c in LMSYS.label_columns}}).to_csv(tmp_path/'sample.csv', index=False)
+    table = pd.DataFrame({'id': [4294967295, 7, 8], **{c: 1/3 for c in LMSYS.label_columns}})
+    table.to_csv(tmp_path/'sample.csv', index=False)
     return tmp_path/'sample.csv'
 
 
@@ -87,8 +93,9 @@ def test_submission_round_trip_in_the_order_of_the_sample(sample, tmp_path):
 
 
 @pytest.mark.parametrize('ids,change,message', [
-    ([7, 8], None, '1 ids are missing'), ([7, 8, 9], None, '4294967295'), ([7, 7, 8], None, 'twice'), ([7, 8, 4294967295], (1, 0, np.nan), 'row 2 .id 8.*not finite'),
-    ([7, 8, 4294967295], (0, 0, 1.5), 'not between'), ([7, 8, 4294967295], (2, 1, .9), 'sum to 1')])
+    ([7, 8], None, '1 ids are missing'), ([7, 8, 9], None, '4294967295'), ([7, 7, 8], None, 'twice'),
+    ([7, 8, 4294967295], (1, 0, np.nan), 'row 2 .id 8.*not finite'), ([7, 8, 4294967295], (0, 0, 1.5), 'not between'),
+    ([7, 8, 4294967295], (2, 1, .9), 'sum to 1')])
 def test_bad_submissions_are_named_and_leave_the_file_alone(sample, tmp_path, ids, change, message):
     (tmp_path/'s.csv').write_text('earlier')
     p = np.full((len(ids), 3), 1/3)
@@ -97,8 +104,13 @@ def test_bad_submissions_are_named_and_leave_the_file_alone(sample, tmp_path, id
     assert (tmp_path/'s.csv').read_text() == 'earlier' and len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.parametrize('text,message', [('id,a\n1,2\n', 'columns'), ('', 'not readable'), ('id,winner_model_a,winner_model_b,winner_tie\n4294967295,.3,.3,.4\n7,.3,.3,.4\n8,.3,x,.4\n', 'row 3'),
-                                          ('id,winner_model_a,winner_model_b,winner_tie\n7,.3,.3,.4\n8,.3,.3,.4\n4294967295,.3,.3,.4\n', 'order')])
+HEADER = 'id,winner_model_a,winner_model_b,winner_tie\n'
+
+
+@pytest.mark.parametrize('text,message', [
+    ('id,a\n1,2\n', 'columns'), ('', 'not readable'),
+    (HEADER + '4294967295,.3,.3,.4\n7,.3,.3,.4\n8,.3,x,.4\n', 'row 3'),
+    (HEADER + '7,.3,.3,.4\n8,.3,.3,.4\n4294967295,.3,.3,.4\n', 'order')])
 def test_check_submission_names_the_defect(sample, tmp_path, text, message):
     (tmp_path/'s.csv').write_text(text)
     with pytest.raises(UserError, match=message): check_submission(tmp_path/'s.csv', LMSYS, sample)
@@ -107,4 +119,5 @@ def test_check_submission_names_the_defect(sample, tmp_path, text, message):
 def test_wsdm_submissions_name_the_winner(tmp_path):
     pd.DataFrame({'id': ['x', 'y'], 'winner': 'model_a'}).to_csv(tmp_path/'sample.csv', index=False)
     t = write_submission(tmp_path/'s.csv', ['y', 'x'], np.array([[.1, .9], [.8, .2]]), WSDM, tmp_path/'sample.csv')
-    assert t.values.tolist() == [['x', 'model_a'], ['y', 'model_b']] and check_submission(tmp_path/'s.csv', WSDM, tmp_path/'sample.csv') == 2
+    assert t.values.tolist() == [['x', 'model_a'], ['y', 'model_b']]
+    assert check_submission(tmp_path/'s.csv', WSDM, tmp_path/'sample.csv') == 2

@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,20 +12,24 @@ import psutil
 import pytest
 import torch
 from conftest import slow
-from safetensors.torch import load_file, save_file
 from fixtures import predictions, small_run
+from safetensors.torch import load_file, save_file
 from test_pipeline import probabilities
 
-from underdog.inference import schedule
-from underdog.data.submission import check_submission
-from underdog.inference.blend import Blend
-from underdog.data.competition import LMSYS
 from underdog.core import UserError, read_json, write_json
-from underdog.runfolder import RunFolder
+from underdog.session import locked
+from underdog.runfolder import RunFolder, columns
+from underdog.data.competition import LMSYS
 from underdog.data.rows import read_rows
-from underdog.inference.job import InferConfig, Job
 from underdog.data.sample import write_sample
-from underdog.inference.scored import Answers, Evidence, Publisher, current, predict, report
+from underdog.data.submission import check_submission
+from underdog.inference import schedule
+from underdog.inference.blend import Blend
+from underdog.inference.evidence import Evidence
+from underdog.inference.job import Job
+from underdog.inference.publish import Answers, Publisher, blend_answers
+from underdog.inference.scored import conclude, predict
+from underdog.inference.settings import InferConfig
 
 
 @pytest.fixture(scope='session')
@@ -42,34 +45,37 @@ def jobs_of(world, *runs, **cfg):
 
 
 def answer_with(job, rows, orders=None, seed=0):
-    for k in orders or range(len(job.orders)): job.logits[k, rows] = np.random.default_rng(seed).normal(size=(len(rows), 3))
+    for k in orders or range(len(job.orders)):
+        job.logits[k, rows] = np.random.default_rng(seed).normal(size=(len(rows), 3))
 
 
 # ---- what is published
 def test_every_state_of_a_row_is_a_distribution_and_only_its_own_answers_count(world, finished, joint):
     jobs, evidence = jobs_of(world, finished, joint)
-    floors = current(jobs, evidence)
+    floors = blend_answers(jobs, evidence)
     answer_with(jobs[0], range(4, 12))
     answer_with(jobs[1], range(8, 16), [0])
     answer_with(jobs[1], range(10, 14), [1], seed=1)
-    p = current(jobs, evidence)
+    p = blend_answers(jobs, evidence)
     np.testing.assert_allclose(p.sum(1), 1)
     np.testing.assert_array_equal(p[:4], floors[:4])
     np.testing.assert_array_equal(p[16:], floors[16:])
     assert (np.abs(p[4:16] - floors[4:16]).max(1) > 1e-3).all()
-    one = jobs[1].predicted()
-    assert one['orders'].tolist() == [0]*8 + [1]*2 + [2]*4 + [1]*2 + [0]*4
-    np.testing.assert_array_equal(one['both'][8:10], one['one'][8:10])   # one order answered: it is all there is
+    predicted = jobs[1].predicted()
+    assert predicted.orders.tolist() == [0]*8 + [1]*2 + [2]*4 + [1]*2 + [0]*4
+    np.testing.assert_array_equal(predicted.both[8:10], predicted.one[8:10])   # one order answered: it is all there is
 
 
 def test_blend_weights_belong_to_the_state(world, finished, joint):
-    "The weights of a state are those of a blend that has the same predictions; without held-out rows all models count alike."
+    "The weights of a state are those of a blend that has the same predictions."
     evidence = Evidence([finished, joint])
-    pair, both = evidence.by_path[finished.path], evidence.by_path[joint.path]
+    pair, both = evidence.model_of[finished.path], evidence.model_of[joint.path]
     assert pair != both
-    assert set(evidence.blend({pair: 1}).weights) == {'length', 'tfidf', pair} and set(evidence.blend({}).weights) == {'length', 'tfidf'}
-    expected = Blend.fit(evidence.y, {f: evidence.oof[[f'floor_{f}_{c}' for c in LMSYS.classes]].to_numpy() for f in ('length', 'tfidf')} | {both: evidence.oof[[f'{both}_{c}' for c in LMSYS.classes]].to_numpy()})
-    assert evidence.blend({both: 2}).weights == pytest.approx(expected.weights)
+    assert set(evidence.blend({pair: 1}).weights) == {'length', 'tfidf', pair}
+    assert set(evidence.blend({}).weights) == {'length', 'tfidf'}
+    def probs(prefix): return evidence.oof[columns(prefix, LMSYS)].to_numpy()
+    members = {'length': probs('floor_length'), 'tfidf': probs('floor_tfidf'), both: probs(both)}
+    assert evidence.blend({both: 2}).weights == pytest.approx(Blend.fit(evidence.y, members).weights)
     assert Evidence([finished], with_floors=False).blend({pair: 1}).weights.keys() == {pair}
 
 
@@ -96,7 +102,7 @@ def test_parts_hold_every_unanswered_row_once_by_priority(world, finished):
     answer_with(job, [3, 4])
     priority = np.arange(20)[::-1].astype(float)
     parts, costs = job.parts(job.orders, priority, together=1)
-    rows = [r for part, _ in parts for r in part]
+    rows = [r for part in parts for r in part.rows]
     assert sorted(rows) == [r for r in range(20) if r not in (3, 4)] and all(c > 0 for c in costs)
     lag = np.abs(np.argsort([r for r in rows]) - np.arange(18))
     assert lag.max() < 8   # near to the order asked for
@@ -111,21 +117,22 @@ def test_the_ranking_follows_what_rows_show():
     assert schedule.best_ranking(.3*(unsure > .8) + noise, np.full(2000, 100.), unsure) == 'most uncertain first'
     assert schedule.best_ranking(.3*unsure**2 + .1*noise, tokens, unsure) == 'uncertainty per token'
     x, y = schedule.gain_curve(noise, tokens, -tokens)
-    assert x[0] == y[0] == 0 and x[-1] == pytest.approx(1) and y[-1] == pytest.approx(noise.mean()) and (np.diff(x) > 0).all()
+    assert x[0] == y[0] == 0 and x[-1] == pytest.approx(1) and y[-1] == pytest.approx(noise.mean())
+    assert (np.diff(x) > 0).all()
 
 
 def test_passes_come_by_worth_per_token_and_never_before_their_first_order(world, finished, joint):
     jobs, evidence = jobs_of(world, finished, joint)
-    passes, said = evidence.plan(jobs)
-    assert sorted((jobs.index(j), o) for j, o, _ in passes) == [(0, False), (1, False), (1, True)] and len(said) == 3
-    second = [(jobs.index(j), o) for j, o, _ in passes]
-    assert second.index((1, False)) < second.index((1, True))
-    assert {r for *_, r in passes} <= set(schedule.RANKINGS)
+    plan = evidence.plan(jobs)
+    order = [(jobs.index(p.job), p.order) for p in plan.passes]
+    assert sorted(order) == [(0, False), (1, False), (1, True)] and len(plan.reasons) == 3
+    assert order.index((1, False)) < order.index((1, True))
+    assert {p.ranking for p in plan.passes} <= set(schedule.RANKINGS)
 
 
 def test_a_full_disk_costs_a_version_not_the_run(world, finished, tmp_path, monkeypatch, capsys):
-    jobs, evidence = jobs_of(world, finished)
-    publisher = Publisher(jobs, evidence, Answers(tmp_path/'a.npz', jobs), tmp_path, tmp_path/'submission.csv', world/'sample_submission.csv')
+    jobs, evidence = jobs_of(world, finished, sample_submission=str(world/'sample_submission.csv'))
+    publisher = Publisher(jobs, evidence, tmp_path, tmp_path/'submission.csv')
     publisher.now()
     before = (tmp_path/'submission.csv').read_bytes()
     answer_with(jobs[0], range(20))
@@ -133,57 +140,73 @@ def test_a_full_disk_costs_a_version_not_the_run(world, finished, tmp_path, monk
     with monkeypatch.context() as m:
         m.setattr(pd.DataFrame, 'to_csv', full)
         publisher.now()
-    assert (tmp_path/'submission.csv').read_bytes() == before and 'the version before stands' in capsys.readouterr().out and not list(tmp_path.glob('.*'))
+    assert (tmp_path/'submission.csv').read_bytes() == before and not list(tmp_path.glob('.*'))
+    assert 'the version before stands' in capsys.readouterr().out
     publisher.now()
     assert (tmp_path/'submission.csv').read_bytes() != before
 
 
 # ---- the whole
 def test_with_time_enough_it_is_what_infer_gives_with_the_blend(world, finished, tmp_path):
-    "A generous limit: the predictions of `infer`, blended with the weights of the held-out rows; the files are whole; a second start has nothing to do."
+    "A generous limit gives the predictions of no limit, blended by the held-out rows; the files are whole."
     alone, out = predictions(finished.path, world/'test.csv', tmp_path/'alone'), tmp_path/'out'
-    got = predict(str(finished.path), world/'test.csv', out, limited(world, 1.))
-    np.testing.assert_allclose(probabilities(pd.read_parquet(out/'predictions.parquet')), probabilities(alone), atol=1e-5)
-    assert check_submission(out/'submission.csv', LMSYS, world/'sample_submission.csv') == 20 == len(got)
+    submission = predict(str(finished.path), world/'test.csv', out, limited(world, 1.))
+    table = pd.read_parquet(out/'predictions.parquet')
+    np.testing.assert_allclose(probabilities(table), probabilities(alone), atol=1e-5)
+    assert check_submission(out/'submission.csv', LMSYS, world/'sample_submission.csv') == 20 == len(submission)
     assert read_json(out/'summary.json')['answered'] == {str(finished.path): [0, 20]}
     jobs, evidence = jobs_of(world, finished)
     Answers(out/'answers.npz', jobs).load()
-    np.testing.assert_allclose(got.set_index('id').loc[jobs[0].df['id']], current(jobs, evidence), atol=1e-6)
+    blended = submission.set_index('id').loc[jobs[0].df['id']]
+    np.testing.assert_allclose(blended, blend_answers(jobs, evidence), atol=1e-6)
     assert not [f for f in out.rglob('.*') if f.name != '.lock']
 
 
 def test_no_time_at_all_is_the_floors(world, finished, joint, tmp_path):
-    got = predict([finished.path, joint.path], world/'test.csv', tmp_path/'out', limited(world, 3/3600))
-    assert len(got) == 20
+    submission = predict([finished.path, joint.path], world/'test.csv', tmp_path/'out', limited(world, 3/3600))
+    assert len(submission) == 20
     assert check_submission(tmp_path/'out'/'submission.csv', LMSYS, world/'sample_submission.csv') == 20
 
 
 def test_a_model_that_fails_costs_its_rows_only_the_fallback(world, finished, joint, tmp_path, capsys, monkeypatch):
-    "The head of one of two runs is broken: the other answers, the log names the failure. Alone it is an error, but not in a scored run."
-    import shutil
-    shutil.copytree(joint.path, tmp_path/'broken')
-    (tmp_path/'broken'/'adapter'/'head.safetensors').write_bytes(b'no')
-    predict([finished.path, tmp_path/'broken'], world/'test.csv', tmp_path/'out', limited(world, .5))
-    found = read_json(tmp_path/'out'/'summary.json')
-    assert found['answered'][str(finished.path)] == [0, 20] and found['answered'][str(tmp_path/'broken')] == [20, 0, 0]
-    assert 'head.safetensors: cannot be read' in found['failed'][str(tmp_path/'broken')] and 'head.safetensors' in capsys.readouterr().out
-    write_json(tmp_path/'out'/'summary.json', found | dict(answered={'run': [20, 0]}))   # … had it been alone
-    end = partial(report, tmp_path/'out', tmp_path/'out'/'submission.csv', 0, '')
+    "One of two heads is broken: the other answers, the log names it. Alone it is an error, but not in a scored run."
+    broken = tmp_path/'broken'
+    shutil.copytree(joint.path, broken)
+    (broken/'adapter'/'head.safetensors').write_bytes(b'no')
+    predict([finished.path, broken], world/'test.csv', tmp_path/'out', limited(world, .5))
+    summary = read_json(tmp_path/'out'/'summary.json')
+    assert summary['answered'] == {str(finished.path): [0, 20], str(broken): [20, 0, 0]}
+    assert 'head.safetensors: cannot be read' in summary['failed'][str(broken)]
+    assert 'head.safetensors' in capsys.readouterr().out
+    write_json(tmp_path/'out'/'summary.json', summary | dict(answered={'run': [20, 0]}))   # … had it been alone
+    end = partial(conclude, tmp_path/'out', tmp_path/'out'/'submission.csv', 0, '')
     with pytest.raises(UserError, match='no model answered.*head.safetensors'): end()
     monkeypatch.setenv('KAGGLE_IS_COMPETITION_RERUN', '1')
     assert len(end()) == 20
 
 
 def test_mistakes_are_said_before_anything_is_written(world, finished, tmp_path):
-    with pytest.raises(UserError, match='no run folder'): predict('', world/'test.csv', tmp_path/'out')
-    with pytest.raises(UserError, match='not a run folder'): predict(str(world), world/'test.csv', tmp_path/'out')
-    with pytest.raises(UserError, match='time_limit'): predict(str(finished.path), world/'test.csv', tmp_path/'out', InferConfig(time_limit=-3.))
-    with pytest.raises(UserError, match='no such file'): predict(str(finished.path), tmp_path/'none.csv', tmp_path/'out')
-    assert not (tmp_path/'out').exists()
+    run, test_csv, out = str(finished.path), world/'test.csv', tmp_path/'out'
+    with pytest.raises(UserError, match='no run folder'): predict('', test_csv, out)
+    with pytest.raises(UserError, match='not a run folder'): predict(str(world), test_csv, out)
+    with pytest.raises(UserError, match='time_limit'): predict(run, test_csv, out, InferConfig(time_limit=-3.))
+    with pytest.raises(UserError, match='no such file'): predict(run, tmp_path/'none.csv', out)
+    assert not out.exists()
 
 
-def command(run, test_csv, sample, out, code='predict(sys.argv[1], sys.argv[2], sys.argv[4], InferConfig(batch_tokens=250, sample_submission=sys.argv[3], time_limit=1., publish_s=.1))'):
-    return subprocess.Popen([sys.executable, '-c', f'import sys; from underdog.inference.scored import predict; from underdog.inference.job import InferConfig; {code}', str(run), str(test_csv), str(sample), str(out)],
+INFERENCE = '''
+import sys
+from underdog.inference.scored import predict
+from underdog.inference.settings import InferConfig
+run, test_csv, sample, out = sys.argv[1:]
+predict(run, test_csv, out, InferConfig(batch_tokens=250, sample_submission=sample, time_limit=1., publish_s=.1))
+'''
+
+
+def start_inference(run, test_csv, sample, out):
+    "A process that predicts in small batches and publishes all the time."
+    args = [str(a) for a in (run, test_csv, sample, out)]
+    return subprocess.Popen([sys.executable, '-c', INFERENCE, *args],
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -201,62 +224,78 @@ def until_answers(out, process):
     assert process.poll() is None, process.stdout.read()
 
 
-def answered(out, n):
-    with np.load(out/'answers.npz') as found: return int((~np.isnan(found['0']).any((0, 2))).sum())
+def answered(out):
+    "Rows of the first run that are answered on disk."
+    with np.load(out/'answers.npz') as saved: return int((~np.isnan(saved['0']).any((0, 2))).sum())
 
 
 def test_sigterm_publishes_and_sigkill_loses_at_most_what_was_not_published(world, finished, large, tmp_path):
-    "After SIGTERM and after SIGKILL of everything the submission is valid and a new start goes on with the rows that are left; in the end it is that of an undisturbed one."
+    """After SIGTERM and after SIGKILL of everything the submission is valid, and a new start answers the rows left.
+
+    In the end it is that of an undisturbed one."""
     out, sample = tmp_path/'out', large['sample_submission.csv']
-    process = command(finished.path, large['test.csv'], sample, out)
+    start = partial(start_inference, finished.path, large['test.csv'], sample, out)
+    # asked to end
+    process = start()
     until_answers(out, process)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 0 and check_submission(out/'submission.csv', LMSYS, sample) == 160
-    first = answered(out, 160)
-    process = command(finished.path, large['test.csv'], sample, out)
+    first = answered(out)
+    # everything killed, once there are new answers
+    process = start()
     time.sleep(.5)
     began = time.monotonic()
-    while process.poll() is None and answered(out, 160) <= first and time.monotonic() - began < 120: time.sleep(.02)
-    for p in [*psutil.Process(process.pid).children(recursive=True), process] if process.poll() is None else []: p.kill()
+    while process.poll() is None and answered(out) <= first and time.monotonic() - began < 120: time.sleep(.02)
+    if process.poll() is None:
+        for p in [*psutil.Process(process.pid).children(recursive=True), process]: p.kill()
     process.communicate()
-    assert check_submission(out/'submission.csv', LMSYS, sample) == 160 and answered(out, 160) >= first
-    done = command(finished.path, large['test.csv'], sample, out)
+    assert check_submission(out/'submission.csv', LMSYS, sample) == 160 and answered(out) >= first
+    # left alone
+    done = start()
     text = done.communicate(timeout=300)[0]
-    assert done.returncode == 0 and 'earlier answers' in text and answered(out, 160) == 160
+    assert done.returncode == 0 and 'earlier answers' in text and answered(out) == 160
     whole = predictions(finished.path, large['test.csv'], tmp_path/'whole')
-    np.testing.assert_allclose(probabilities(pd.read_parquet(out/'predictions.parquet')), probabilities(whole), atol=1e-4)
+    table = pd.read_parquet(out/'predictions.parquet')
+    np.testing.assert_allclose(probabilities(table), probabilities(whole), atol=1e-4)
 
 
 @slow
 def test_a_killed_worker_is_replaced(world, finished, large, tmp_path):
-    process = command(finished.path, large['test.csv'], large['sample_submission.csv'], tmp_path/'out')
+    process = start_inference(finished.path, large['test.csv'], large['sample_submission.csv'], tmp_path/'out')
     until_answers(tmp_path/'out', process)
     child = psutil.Process(process.pid).children()[0]
     workers = [p for p in child.children() if 'spawn_main' in ' '.join(p.cmdline())]
     if workers: workers[-1].kill()
     text = process.communicate(timeout=300)[0]
-    assert process.returncode == 0 and answered(tmp_path/'out', 160) == 160 and (not workers or 'it starts again' in text)
+    assert process.returncode == 0 and answered(tmp_path/'out') == 160
+    assert not workers or 'it starts again' in text
 
 
 def test_the_second_of_two_starts_is_refused(world, finished, tmp_path):
-    from underdog.session import locked
-    with locked(tmp_path/'out'), pytest.raises(UserError, match='is at work there'): predict(str(finished.path), world/'test.csv', tmp_path/'out')
+    with locked(tmp_path/'out'), pytest.raises(UserError, match='is at work there'):
+        predict(str(finished.path), world/'test.csv', tmp_path/'out')
 
 
-def test_runs_without_held_out_rows_count_alike(world, finished, tmp_path):
-    import shutil
-    shutil.copytree(finished.path, tmp_path/'run')
-    (tmp_path/'run'/'oof.parquet').unlink()
-    write_json(tmp_path/'run'/'config.json', read_json(tmp_path/'run'/'config.json'))
-    run = RunFolder.open(tmp_path/'run')
-    evidence = Evidence([run])
-    assert list(evidence.blend({str(Path(run.path)): 1}).weights.values()) == [1.] and evidence.plan(jobs_of(world, run)[0])[0][0][2] == 'shortest first'
+def test_runs_without_held_out_rows_count_alike(world, finished, joint, tmp_path):
+    runs = []
+    for name, run in (('pair', finished), ('joint', joint)):
+        shutil.copytree(run.path, tmp_path/name)
+        runs.append(RunFolder.open(tmp_path/name))
+        runs[-1].oof_file.unlink()
+    jobs, evidence = jobs_of(world, *runs)
+    assert evidence.blend({str(runs[0].path): 1}).weights == {str(runs[0].path): 1.}
+    assert evidence.blend({str(run.path): 1 for run in runs}).weights == {str(run.path): .5 for run in runs}
+    passes = evidence.plan(jobs).passes
+    assert [(jobs.index(p.job), p.order) for p in passes] == [(0, False), (1, False), (1, True)]   # in the given order
+    assert {p.ranking for p in passes} == {'shortest first'}
 
 
 def test_logits_that_are_not_finite_are_not_passed_off_as_answers(world, finished, tmp_path):
     broken = tmp_path/'run'
     shutil.copytree(finished.path, broken)
-    for f in broken.glob('adapter/*.safetensors'): save_file({k: torch.full_like(v, float('nan')) for k, v in load_file(f).items()}, f)
-    with pytest.raises(UserError, match='20 of 20 rows got no finite logits'): predictions(broken, world/'test.csv', tmp_path/'pred')
-    assert (pd.read_parquet(tmp_path/'pred'/'predictions.parquet')['orders'] == 0).all()   # each row has its floor
+    for file in broken.glob('adapter/*.safetensors'):
+        save_file({k: torch.full_like(v, float('nan')) for k, v in load_file(file).items()}, file)
+    with pytest.raises(UserError, match='20 of 20 rows got no finite logits'):
+        predictions(broken, world/'test.csv', tmp_path/'pred')
+    assert (pd.read_parquet(tmp_path/'pred'/'predictions.parquet')['orders'] == 0).all()   # each row has its baseline

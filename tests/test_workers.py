@@ -1,6 +1,9 @@
-"Inference by several processes: every part once, rows in order, equal to one process, nothing lost when a worker dies; other precisions, merged adapters, little memory."
+"""Several processes: every part once, rows in order, equal to one process, nothing lost when a worker dies.
+
+Other precisions, merged adapters, little memory."""
 import os
 import signal
+import time
 from functools import partial
 from pathlib import Path
 
@@ -8,24 +11,35 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fixtures import predictions
 from hypothesis import given
 from hypothesis import strategies as st
-from test_packing import prompter, rows_of
-from fixtures import predictions
 from test_model import trained
+from test_packing import prompter, rows_of
 
 from underdog.core import UserError
-from underdog.inference.job import InferConfig, Job, merged_base, read_test, start_worker
-from underdog.model.model import ModelConfig
 from underdog.text.source import RowSource
+from underdog.model.model import ModelConfig
 from underdog.model.predict import part_logits
+from underdog.inference.job import Job, Part, merged_base, read_test, start_worker
+from underdog.inference.settings import InferConfig
 from underdog.inference.workers import WorkQueue, Workers
 
 
-@given(st.integers(0, 30), st.lists(st.tuples(st.sampled_from('abc'), st.sampled_from(['take', 'done', 'die'])), max_size=80))
+def quiet(text, **_): "A log that nobody reads."
+
+
+def gone(workers): return not any(worker.process.is_alive() for worker in workers.alive.values())
+
+
+EVENTS = st.tuples(st.sampled_from('abc'), st.sampled_from(['take', 'done', 'die']))
+
+
+@given(st.integers(0, 30), st.lists(EVENTS, max_size=80))
 def test_every_part_is_done_once_whoever_dies(n, events):
     queue, done = WorkQueue(n), []
-    for worker, event in events + [('z', e) for _ in range(n) for e in ('take', 'done')] + [(w, 'die') for w in 'abc'] + [('z', e) for _ in range(n) for e in ('take', 'done')]:
+    finish = [('z', event) for _ in range(n) for event in ('take', 'done')]   # a worker that lives to the end
+    for worker, event in events + finish + [(w, 'die') for w in 'abc'] + finish:
         held = queue.held.get(worker, [])
         if event == 'take': queue.take(worker)
         elif event == 'die': queue.hand_back(worker)
@@ -67,17 +81,18 @@ def poison(device):
 @pytest.mark.parametrize('devices', [['cpu'], ['cpu', 'cpu']])
 def test_a_part_that_kills_costs_itself_only(devices):
     results = {}
-    with Workers(poison, devices) as workers: assert workers.run(list(range(20)), results.__setitem__, lambda *a, **k: None) == [7]
+    with Workers(poison, devices) as workers: assert workers.run(list(range(20)), results.__setitem__, quiet) == [7]
     assert results == {i: i*i for i in range(20) if i != 7}
 
 
 def slow(device):
     "A worker's start: twenty milliseconds a part at first, ten times that from the tenth on; forever at 99."
-    import time
     count = []
+
     def compute(x):
         count.append(x)
-        time.sleep(1000 if x == 99 else .02 if len(count) < 10 else .2)
+        if x == 99: time.sleep(1000)
+        time.sleep(.02 if len(count) < 10 else .2)
         return x
     return compute
 
@@ -85,32 +100,35 @@ def slow(device):
 @pytest.mark.parametrize('parts,least', [(list(range(98)), 12), ([0, 1, 2, 99, *range(4, 98)], 3)])
 def test_a_deadline_is_kept_by_slow_and_by_hanging_workers(parts, least):
     "What is done is done once and in order of the parts; a worker that hangs is killed at the deadline."
-    import time
-    results, said = {}, []
+    results = {}
     with Workers(slow, ['cpu', 'cpu']) as workers:
         workers.wait_until_ready()
         end = time.monotonic() + 1.5
-        assert workers.run(parts, results.__setitem__, lambda text, **_: said.append(text), costs=[1]*len(parts), end=end) == []
+        assert workers.run(parts, results.__setitem__, quiet, costs=[1]*len(parts), end=end) == []
         assert time.monotonic() < end + 30   # and not a thousand
     assert least <= len(results) < len(parts) and all(parts[i] == r for i, r in results.items())
-    assert not any(process.is_alive() for *_, process in workers.processes.values())
+    assert gone(workers)
 
 
 @pytest.mark.parametrize('devices', [['good', 'bad'], ['bad', 'good', 'broken']])
 def test_a_dead_worker_loses_nothing(devices, tmp_path):
-    results, said = {}, []
+    results, messages = {}, []
+    def note(text, **_): messages.append(text)
 
     def done(i, result):
         assert i not in results
         results[i] = result
-    with Workers(partial(squares, str(tmp_path/'marker')), devices) as workers: workers.run(list(range(60)), done, lambda text, **_: said.append(text))
+    with Workers(partial(squares, str(tmp_path/'marker')), devices) as workers:
+        workers.run(list(range(60)), done, note)
     assert results == {i: i*i for i in range(60)}
-    assert len(said) <= len(devices) - 1 and all('go back into the queue' in s for s in said)
-    assert not any(process.is_alive() for *_, process in workers.processes.values())
+    assert len(messages) <= len(devices) - 1 and all('go back into the queue' in text for text in messages)
+    assert gone(workers)
 
 
 def test_no_worker_left_says_why():
-    with Workers(partial(squares, ''), ['bad', 'broken']) as workers, pytest.raises(RuntimeError, match='(?s)57 of 60 parts.*') as e: workers.run(list(range(60)), lambda i, r: None, lambda *a, **k: None)
+    with Workers(partial(squares, ''), ['bad', 'broken']) as workers:
+        with pytest.raises(RuntimeError, match='57 of 60 parts') as e:
+            workers.run(list(range(60)), lambda i, result: None, quiet)
     assert 'worker 0 on bad: ended with code -9' in str(e.value) and 'this device is broken' in str(e.value)
 
 
@@ -127,9 +145,9 @@ def test_two_processes_predict_what_one_does(world, finished, tmp_path):
     pd.testing.assert_frame_equal(one, two)
 
 
-def dying(run, files, cfg, marker, device):
+def dying(run, files, device, cfg, marker):
     "The real worker's start, killed once in its second part."
-    compute, count = start_worker(run, files, cfg, None, device), []
+    compute, count = start_worker(run, files, device, cfg), []
 
     def killed_once(part):
         count.append(part)
@@ -141,19 +159,21 @@ def dying(run, files, cfg, marker, device):
 
 
 def test_a_killed_process_loses_no_row(world, finished, tmp_path):
-    files, cfg, parts = finished.config['tokens'], InferConfig(), [(list(range(i, i + 5)), (False,)) for i in range(0, 60, 5)]
+    files, cfg, marker = finished.config['tokens'], InferConfig(), tmp_path/'marker'
+    parts = [Part(list(range(i, i + 5)), (False,)) for i in range(0, 60, 5)]
     alone, shared = {}, {}
-    compute = start_worker(finished.path, files, cfg, None, 'cpu')
+    compute = start_worker(finished.path, files, 'cpu', cfg)
     for i, part in enumerate(parts): alone[i] = compute(part)
-    with Workers(partial(dying, finished.path, files, cfg, tmp_path/'marker'), ['cpu', 'cpu']) as workers: workers.run(parts, shared.__setitem__)
-    assert (tmp_path/'marker').exists() and sorted(shared) == list(range(len(parts)))
+    start = partial(dying, finished.path, files, cfg=cfg, marker=marker)
+    with Workers(start, ['cpu', 'cpu']) as workers: workers.run(parts, shared.__setitem__)
+    assert marker.exists() and sorted(shared) == list(range(len(parts)))
     for i in alone: np.testing.assert_array_equal(alone[i], shared[i])
 
 
 def infer_here(run, test_csv, out, **changes):
     "The predictions of a run, computed in this process."
     out.mkdir()
-    job = Job(run, read_test(run, test_csv)[0], InferConfig(**changes)).open()
+    job = Job(run, read_test(run, test_csv), InferConfig(**changes)).open()
     with merged_base(job, out) as merged:
         compute = job.start(merged)('cpu')
         for part in job.parts(job.orders)[0]: job.take(part, compute(part))
@@ -162,10 +182,13 @@ def infer_here(run, test_csv, out, **changes):
 
 
 @pytest.fixture(scope='module')
-def plain(world, finished, tmp_path_factory): return infer_here(finished, world/'test.csv', tmp_path_factory.mktemp('plain')/'out')
+def plain(world, finished, tmp_path_factory):
+    return infer_here(finished, world/'test.csv', tmp_path_factory.mktemp('plain')/'out')
 
 
-@pytest.mark.parametrize('changes,tolerance', [(dict(merge=True), 1e-5), (dict(quantization='int8', int8_threshold=0.), .05), (dict(quantization='nf4', merge=True), .1), (dict(dtype='bfloat16'), .05)])
+@pytest.mark.parametrize('changes,tolerance', [
+    (dict(merge=True), 1e-5), (dict(quantization='int8', int8_threshold=0.), .05),
+    (dict(quantization='nf4', merge=True), .1), (dict(dtype='bfloat16'), .05)])
 def test_other_precisions_are_near(world, finished, plain, tmp_path, changes, tolerance):
     other = infer_here(finished, world/'test.csv', tmp_path/'out', **changes)
     same(plain, other, atol=tolerance)
@@ -173,7 +196,9 @@ def test_other_precisions_are_near(world, finished, plain, tmp_path, changes, to
     assert sorted(p.name for p in (tmp_path/'out').iterdir()) == ['predictions.parquet']   # the merged copy is gone
 
 
-@pytest.mark.parametrize('wrong,match', [(dict(processes=-1), 'one per GPU'), (dict(quantization='int3'), 'int8'), (dict(dtype='fp16'), 'float16'), (dict(batch_tokens=0), 'above 0')])
+@pytest.mark.parametrize('wrong,match', [
+    (dict(processes=-1), 'one per GPU'), (dict(quantization='int3'), 'int8'), (dict(dtype='fp16'), 'float16'),
+    (dict(batch_tokens=0), 'above 0')])
 def test_settings_that_cannot_work(wrong, match):
     with pytest.raises(UserError, match=match): InferConfig(**wrong)
 
@@ -187,6 +212,9 @@ def test_memory_that_runs_out_halves_the_batch_and_changes_no_row(bases, monkeyp
         if batch.tokens > 150: raise torch.OutOfMemoryError('as a GPU would')
         return forward(self, batch)
     monkeypatch.setattr(type(model), 'forward', tight)
-    assert torch.allclose(part_logits(model, source, rows, orders), expected, atol=1e-5) and 'half as many' in capsys.readouterr().out
-    monkeypatch.setattr(type(model), 'forward', lambda self, batch: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    assert torch.allclose(part_logits(model, source, rows, orders), expected, atol=1e-5)
+    assert 'half as many' in capsys.readouterr().out
+
+    def none_left(self, batch): raise torch.OutOfMemoryError
+    monkeypatch.setattr(type(model), 'forward', none_left)
     with pytest.raises(UserError, match='a single row'): part_logits(model, source, rows, orders)

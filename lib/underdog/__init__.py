@@ -8,7 +8,7 @@ _DOORS = {
     'PromptConfig': 'text.prompt', 'show_row': 'text.prompt',
     'ModelConfig': 'model.settings',
     'TrainConfig': 'training.settings', 'SessionConfig': 'session', 'train': 'training.run',
-    'RunFolder': 'runfolder', 'InferConfig': 'inference.job', 'predict': 'inference.scored', 'Blend': 'inference.blend',
+    'RunFolder': 'runfolder', 'InferConfig': 'inference.settings', 'predict': 'inference.scored', 'Blend': 'inference.blend',
     'make_plan': 'search.estimate',
 }
 __all__ = list(_DOORS)
