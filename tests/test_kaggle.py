@@ -173,7 +173,8 @@ def test_429_and_503_are_waited_for_and_a_push_whose_answer_is_lost_is_not_repea
     assert second.version == 2 and len(server.kernels['me/small-kernel']['versions']) == 2
     server.fail('GetKernelSessionStatus', 503, 429, 429)
     server.fail('ListKernelSessionOutput', 429)
-    assert wait_for_kernel(hub, second.ref, second.id).status == 'COMPLETE'
+    state = wait_for_kernel(hub, second.ref, second.id)
+    assert state.status == 'COMPLETE', state
     assert pull_output(hub, second.ref, tmp_path/'out', push_id=second.id)
 
 
