@@ -1,7 +1,8 @@
 """A server on this machine that answers Kaggle's client as Kaggle does, and runs what is pushed to it.
 
-The routes, delays and refusals are those that `kaggle` 2.2.4 and 2.2.5 were seen to meet. A pushed notebook is executed with papermill in a process of its own, whose `/kaggle`-like tree holds what was uploaded and nothing
-else, and which can resolve no name but this machine's.
+The routes, delays and refusals are those that `kaggle` 2.2.4 and 2.2.5 were seen to meet. A pushed notebook is executed
+with papermill in a process of its own, whose `/kaggle`-like tree holds what was uploaded and nothing else, and which
+can resolve no name but this machine's.
 """
 import csv
 import hashlib
@@ -34,13 +35,34 @@ class KaggleError(Exception):
 def slugify(title): return re.sub(r'[^a-z0-9]+', '-', title.lower()).strip('-')
 
 
+def write_notebook(path, *cells, parameters='n = 1'):
+    "A kernel with a parameters cell and these code cells; returns its path."
+    import nbformat
+    first = nbformat.v4.new_code_cell(parameters, metadata=dict(tags=['parameters']))
+    nbformat.write(nbformat.v4.new_notebook(cells=[first, *map(nbformat.v4.new_code_cell, cells)]), path)
+    return path
+
+
 class Job(threading.Thread):
     "One session of a kernel version: queued, then a subprocess; its log and output are what the API shows."
+    FAILURES = {
+        'CANCEL_ACKNOWLEDGED': 'Your notebook was stopped because it exceeded the max allowed duration.',
+        'ERROR': 'Your notebook exited with a non-zero code',
+    }
+
     def __init__(self, server, kernel, version, folder, rerun=False):
         super().__init__(daemon=True)
-        self.server, self.kernel, self.version, self.tree, self.rerun = server, kernel, version, folder/'kaggle', rerun
-        self.status, self.failure, self.events, self.polls, self.began, self.seconds = 'QUEUED', '', [], 0, time.time(), 0.
-        self.output, self.process = self.tree/'working', None
+        self.server = server
+        self.kernel = kernel              # owner/slug
+        self.version = version            # an entry of the kernel's versions
+        self.tree = folder/'kaggle'       # what the notebook takes for /kaggle
+        self.output = self.tree/'working'
+        self.rerun = rerun                # is it the scored run of a submission?
+        self.status = 'QUEUED'
+        self.failure = ''                 # Kaggle's own message
+        self.events = []                  # of the log
+        self.seconds = 0.
+        self.process = None
 
     @property
     def over(self): return self.status in ('COMPLETE', 'ERROR', 'CANCEL_ACKNOWLEDGED')
@@ -49,41 +71,54 @@ class Job(threading.Thread):
         try:
             time.sleep(self.server.queue_s)
             self.mount()
-            self.status, began = 'RUNNING', time.time()
+            self.status = 'RUNNING'
+            began = time.time()
             code = self.execute()
             self.seconds = time.time() - began
+            # a negative code is a signal
             self.status = 'CANCEL_ACKNOWLEDGED' if code < 0 else 'ERROR' if code else 'COMPLETE'
-            self.failure = {'CANCEL_ACKNOWLEDGED': 'Your notebook was stopped because it exceeded the max allowed duration.', 'ERROR': 'Your notebook exited with a non-zero code'}.get(self.status, '')
+            self.failure = self.FAILURES.get(self.status, '')
         except Exception as e:
             self.status, self.failure = 'ERROR', f'{type(e).__name__}: {e}'
             raise
-        finally: self.server.used_s += self.seconds*self.server.clock_factor if self.version['gpu'] else 0
+        finally:
+            if self.version['gpu']: self.server.used_s += self.seconds*self.server.clock_factor
 
     def mount(self):
         "Only what was uploaded and attached; an archive is unpacked into a folder of its name."
         for d in ('input', 'working', 'tmp', 'bin', 'site'): (self.tree/d).mkdir(parents=True)
-        old, request = self.server.layout == 'old', self.version['request']
-        for ref in request.get('datasetDataSources', []):
-            versions = self.server.datasets[ref.rsplit('/', 1)[0] if ref.count('/') == 2 else ref]['versions']
-            stale = self.server.stale_mounts > 0
-            self.server.stale_mounts -= stale
-            target = self.tree/'input'/(ref.split('/')[1] if old else f'datasets/{ref}')
-            if stale:
-                if len(versions) > 1: shutil.copytree(versions[-2], target)
-                threading.Timer(self.server.stale_s, self.place, (versions[-1], target)).start()
-            else: self.place(versions[-1], target)
+        server, request = self.server, self.version['request']
+        for ref in request.get('datasetDataSources', []): self.mount_dataset(ref)
         for ref in request.get('kernelDataSources', []):
-            job = [v for v in self.server.kernels[ref]['versions'] if v['job'].status == 'COMPLETE'][-1]['job']
-            self.place(job.output, self.tree/'input'/(ref.split('/')[1] if old else f'notebooks/{ref}'))
+            job = [v for v in server.kernels[ref]['versions'] if v['job'].status == 'COMPLETE'][-1]['job']
+            self.place(job.output, self.mount_point('notebooks', ref))
         for slug in request.get('competitionDataSources', []):
             part = 'hidden' if self.rerun else 'public'
-            self.place(self.server.competitions[slug]/part, self.tree/'input'/(slug if old else f'competitions/{slug}'))
+            self.place(server.competitions[slug]/part, self.tree/'input'/(slug if self.old else f'competitions/{slug}'))
         for ref in request.get('modelDataSources', []):
-            versions = self.server.models[ref.rsplit('/', 1)[0]]
-            self.place(versions[int(ref.rsplit('/', 1)[1]) - 1], self.tree/'input'/(ref.split('/', 1)[1] if old else f'models/{ref}'))
-        gpus = SHAPES.get(self.version['shape'], [])
-        (self.tree/'bin'/'nvidia-smi').write_text('#!/bin/sh\n' + ''.join(f'echo "GPU {i}: {n} (UUID: GPU-{i})"\n' for i, n in enumerate(gpus)))
-        (self.tree/'bin'/'nvidia-smi').chmod(0o755)
+            name, number = ref.rsplit('/', 1)
+            self.place(server.models[name][int(number) - 1], self.mount_point('models', ref))
+        # the driver's tool shows the GPUs of the machine's shape
+        tool = self.tree/'bin'/'nvidia-smi'
+        gpus = enumerate(SHAPES.get(self.version['shape'], []))
+        tool.write_text('#!/bin/sh\n' + ''.join(f'echo "GPU {i}: {name} (UUID: GPU-{i})"\n' for i, name in gpus))
+        tool.chmod(0o755)
+
+    @property
+    def old(self): return self.server.layout == 'old'
+
+    def mount_point(self, kind, ref):
+        "Without kind and owner in the old layout."
+        return self.tree/'input'/(ref.split('/', 1)[1] if self.old else f'{kind}/{ref}')
+
+    def mount_dataset(self, ref):
+        "The newest version; where mounts are stale, for a while the one before or nothing."
+        versions = self.server.datasets[ref.rsplit('/', 1)[0] if ref.count('/') == 2 else ref]['versions']
+        target = self.mount_point('datasets', ref)
+        if self.server.stale_mounts <= 0: return self.place(versions[-1], target)
+        self.server.stale_mounts -= 1
+        if len(versions) > 1: shutil.copytree(versions[-2], target)
+        threading.Timer(self.server.stale_s, self.place, (versions[-1], target)).start()
 
     def place(self, source, target):
         new = target.with_name(target.name + '.new')
@@ -94,20 +129,46 @@ class Job(threading.Thread):
         shutil.rmtree(target, ignore_errors=True)
         new.rename(target)
 
-    def execute(self):
-        keep = {k: v for k, v in os.environ.items() if k in ('LANG', 'OMP_NUM_THREADS', 'TOKENIZERS_PARALLELISM', 'HF_HUB_OFFLINE')}
-        env = keep | dict(PATH=f"{self.tree/'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}", HOME=str(self.tree/'tmp'), KAGGLE_KERNEL_RUN_TYPE='Batch', UNDERDOG_KAGGLE=str(self.tree), TMPDIR=str(self.tree/'tmp'),
-                          PIP_TARGET=str(self.tree/'site'), PIP_NO_INDEX='1', PIP_DISABLE_PIP_VERSION_CHECK='1', PYTHONPATH=f"{HERE/'offline'}:{self.tree/'site'}", UNDERDOG_TEST_KERNEL='1', PYDEVD_DISABLE_FILE_VALIDATION='1')
+    def environment(self):
+        "Nothing of this process but what keeps the tests quiet and small."
+        kept = ('LANG', 'OMP_NUM_THREADS', 'TOKENIZERS_PARALLELISM', 'HF_HUB_OFFLINE')
+        tree, path = self.tree, os.environ['PATH']
+        env = {k: v for k, v in os.environ.items() if k in kept} | {
+            'PATH': f"{tree/'bin'}:{Path(sys.executable).parent}:{path}",
+            'HOME': str(tree/'tmp'),
+            'TMPDIR': str(tree/'tmp'),
+            'KAGGLE_KERNEL_RUN_TYPE': 'Batch',
+            'UNDERDOG_KAGGLE': str(tree),
+            # wheels are installed beside the machine's own packages, from no index
+            'PIP_TARGET': str(tree/'site'),
+            'PIP_NO_INDEX': '1',
+            'PIP_DISABLE_PIP_VERSION_CHECK': '1',
+            'PYTHONPATH': f"{HERE/'offline'}:{tree/'site'}",
+            'UNDERDOG_TEST_KERNEL': '1',
+            'PYDEVD_DISABLE_FILE_VALIDATION': '1',
+        }
         if self.rerun: env['KAGGLE_IS_COMPETITION_RERUN'] = '1'
+        return env
+
+    def execute(self):
+        "Run the notebook as Kaggle does, with papermill; its exit code."
         notebook = self.tree.parent/'pushed.ipynb'
         notebook.write_text(self.version['request']['text'])
-        self.process = subprocess.Popen([sys.executable, '-m', 'papermill', str(notebook), str(self.output/'__notebook__.ipynb'), '--log-output', '--no-progress-bar'], cwd=self.output, env=env, stdout=subprocess.PIPE,
-                                        stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        command = [sys.executable, '-m', 'papermill', str(notebook), str(self.output/'__notebook__.ipynb'),
+                   '--log-output', '--no-progress-bar']
+        self.process = subprocess.Popen(
+            command, cwd=self.output, env=self.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, start_new_session=True)
+        # who may end it before its time
         limit = self.version['request'].get('sessionTimeoutSeconds')
         if limit: threading.Timer(limit/self.server.clock_factor, self.kill).start()
+        step = self.server.stop_at.get(self.kernel)
+        if step: threading.Thread(target=self.stop_at, args=(step,), daemon=True).start()
+        # its log
         began = time.time()
-        if step := self.server.stop_at.get(self.kernel): threading.Thread(target=self.stop_at, args=(step,), daemon=True).start()
-        for line in self.process.stdout: self.events.append(dict(stream_name='stderr', time=(time.time() - began)*self.server.clock_factor, data=line))
+        for line in self.process.stdout:
+            at = (time.time() - began)*self.server.clock_factor
+            self.events.append(dict(stream_name='stderr', time=at, data=line))
         return self.process.wait()
 
     def stop_at(self, step):
@@ -124,17 +185,38 @@ class Job(threading.Thread):
 
 
 class KaggleServer:
-    "`start()` it, and the client in this process talks to it; `environment()` is for the client in another process. What goes wrong is set by its attributes."
+    """`start()` it, and the client in this process talks to it; `environment()` is for the client in another process.
+
+    What goes wrong is set by its attributes."""
     def __init__(self, root, user='me', key='local-test-key'):
         self.root, self.user, self.key = Path(root), user, key
-        self.datasets, self.kernels, self.models, self.competitions, self.submissions, self.blobs = {}, {}, {}, {}, [], {}
+        # what it holds
+        self.datasets, self.kernels, self.models, self.competitions = {}, {}, {}, {}
+        self.submissions, self.blobs = [], {}
+        # requests that came, [(path, body)]; codes that the next ones get, {method: [code]}
         self.seen, self.faults, self.lock = [], {}, threading.RLock()
-        self.processing, self.queue_s, self.layout, self.extract = 1, 0., 'new', True   # status looks until a dataset is ready, seconds in the queue, /kaggle/input as of 'new' or 'old', are archives unpacked
-        self.stale_mounts, self.stale_s, self.status_lag, self.stop_at = 0, 1., 0, {}   # mounts that show the version before for stale_s; looks that show the status of the version before; {kernel: training steps}
-        self.flat_listing, self.zip_downloads = False, False                             # does a listing of files leave out their folders? are downloads compressed?
-        self.extra_output, self.broken_datasets = [], False                              # files that an output lists besides its own; does processing of datasets fail?
-        self.used_s, self.total_s, self.slots, self.clock_factor = 0., 30*3600, 2, 1.    # of the GPU quota; seconds it counts for one of ours
-        self.replace_shape, self.cut_upload, self.refuse = None, 0, ''                    # what every machine shape becomes; uploads that break off half-way; an error for every push
+        # datasets
+        self.processing = 1             # looks at the status until one is ready
+        self.broken_datasets = False    # does their processing fail?
+        self.cut_upload = 0             # uploads that break off half-way
+        self.extract = True             # are archives unpacked?
+        self.flat_listing = False       # does a listing of files leave out their folders?
+        self.zip_downloads = False      # are downloads compressed?
+        # kernels
+        self.queue_s = 0.               # seconds in the queue
+        self.layout = 'new'             # of /kaggle/input; or 'old'
+        self.stale_mounts = 0           # mounts that show the version before …
+        self.stale_s = 1.               # … for so many seconds
+        self.status_lag = 0             # looks that show the status of the version before
+        self.stop_at = {}               # {kernel: steps after which its training is asked to stop}
+        self.extra_output = []          # files that an output lists besides its own
+        self.replace_shape = None       # what every machine shape becomes
+        self.refuse = ''                # an error for every push
+        # the GPU quota
+        self.used_s = 0.
+        self.total_s = 30*3600
+        self.slots = 2                  # sessions at a time
+        self.clock_factor = 1.          # seconds that it counts for one of ours
 
     # ---- life
     def start(self):
@@ -144,18 +226,37 @@ class KaggleServer:
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
         home = self.root/'home'
         (home/'.kaggle').mkdir(parents=True, exist_ok=True)
-        self.before = {k: os.environ.get(k) for k in ('KAGGLE_API_ENVIRONMENT', 'KAGGLE_USERNAME', 'KAGGLE_KEY', 'KAGGLE_CONFIG_DIR', 'KAGGLE_API_TOKEN', 'HOME', 'KAGGLE_LOOPBACK', 'TMPDIR')}
-        os.environ.update({k: v for k, v in self.environment().items() if k in self.before})
+        self.before = {name: os.environ.get(name) for name in (*self.client_environment(), 'KAGGLE_API_TOKEN')}
+        os.environ.update(self.client_environment())
         os.environ.pop('KAGGLE_API_TOKEN', None)
         import kagglesdk.kaggle_env as env
         env._env_to_endpoint[env.KaggleEnv.LOCAL] = self.url
         return self
 
+    def client_environment(self):
+        "What makes Kaggle's client talk to this server, with credentials of its own."
+        (self.root/'tmp').mkdir(parents=True, exist_ok=True)
+        return {
+            'KAGGLE_API_ENVIRONMENT': 'LOCALHOST',
+            'KAGGLE_USERNAME': self.user,
+            'KAGGLE_KEY': self.key,
+            'KAGGLE_CONFIG_DIR': str(self.root/'home'/'.kaggle'),
+            'HOME': str(self.root/'home'),
+            'KAGGLE_LOOPBACK': self.url,
+            'TMPDIR': str(self.root/'tmp'),
+        }
+
     def environment(self):
         "For a process whose client shall talk to this server."
-        (self.root/'tmp').mkdir(parents=True, exist_ok=True)
-        return dict({k: v for k, v in os.environ.items() if k != 'KAGGLE_API_TOKEN'}, KAGGLE_API_ENVIRONMENT='LOCALHOST', KAGGLE_USERNAME=self.user, KAGGLE_KEY=self.key, KAGGLE_CONFIG_DIR=str(self.root/'home'/'.kaggle'), HOME=str(self.root/'home'),
-                    KAGGLE_LOOPBACK=self.url, PYTHONPATH=os.pathsep.join([str(HERE/'offline'), os.environ.get('PYTHONPATH', '')]), TMPDIR=str(self.root/'tmp'))
+        env = {k: v for k, v in os.environ.items() if k != 'KAGGLE_API_TOKEN'} | self.client_environment()
+        env['PYTHONPATH'] = os.pathsep.join([str(HERE/'offline'), os.environ.get('PYTHONPATH', '')])
+        return env
+
+    def job(self, ref, number=0):
+        "The session of a version of a kernel, the newest if 0, once it is over."
+        job = self.kernels[ref]['versions'][number - 1]['job']
+        job.join(60)
+        return job
 
     def stop(self):
         for kernel in self.kernels.values():
@@ -180,7 +281,8 @@ class KaggleServer:
         token = hashlib.sha256(f'{len(self.blobs)}{r}'.encode()).hexdigest()[:24]
         self.blobs[token] = dict(name=Path(r['name']).name, size=r['contentLength'], data=b'')
         return dict(token=token, createUrl=f'{self.url}/upload/{token}')
-    StartSubmissionUpload = lambda self, r: self.StartBlobUpload(dict(name=r['fileName'], contentLength=r['contentLength']))
+    def StartSubmissionUpload(self, r):
+        return self.StartBlobUpload(dict(name=r['fileName'], contentLength=r['contentLength']))
 
     # ---- datasets
     def _store(self, kind, ref, files, number):
@@ -199,14 +301,23 @@ class KaggleServer:
 
     def CreateDataset(self, r):
         ref = f"{r['ownerSlug']}/{r['slug']}"
-        if ref in self.datasets: return dict(status='error', error=f"The requested title \"{r['title']}\" is already in use by a dataset. Please choose another title.")
-        self.datasets[ref] = dict(versions=[self._store('datasets', ref, r.get('files', []), 1)], private=r.get('isPrivate', False), polls=self.processing, title=r['title'], notes=[''])
+        if ref in self.datasets:
+            return dict(status='error', error=f"The requested title \"{r['title']}\" is already in use by a dataset. "
+                                              'Please choose another title.')
+        self.datasets[ref] = {
+            'versions': [self._store('datasets', ref, r.get('files', []), 1)],
+            'private': r.get('isPrivate', False),
+            'polls': self.processing,
+            'title': r['title'],
+            'notes': [''],
+        }
         return dict(ref=ref, url=f'{self.url}/datasets/{ref}', status='Ok')
 
     def CreateDatasetVersion(self, r):
         ref, dataset = self._dataset(r)
         if dataset['polls'] > 0: raise KaggleError(403, 'The dataset is being processed')
-        dataset['versions'].append(self._store('datasets', ref, r['body'].get('files', []), len(dataset['versions']) + 1))
+        number = len(dataset['versions']) + 1
+        dataset['versions'].append(self._store('datasets', ref, r['body'].get('files', []), number))
         dataset['polls'] = self.processing
         dataset['notes'].append(r['body'].get('versionNotes', ''))
         return dict(ref=ref, url=f'{self.url}/datasets/{ref}', status='Ok')
@@ -221,7 +332,12 @@ class KaggleServer:
 
     def GetDataset(self, r):
         ref, dataset = self._dataset(r)
-        return dict(ref=ref, currentVersionNumber=self._shown(dataset), isPrivate=dataset['private'], title=dataset['title'])
+        return {
+            'ref': ref,
+            'currentVersionNumber': self._shown(dataset),
+            'isPrivate': dataset['private'],
+            'title': dataset['title'],
+        }
 
     def ListDatasetFiles(self, r):
         ref, dataset = self._dataset(r)
@@ -229,7 +345,8 @@ class KaggleServer:
         rows = []
         for f in sorted(folder.iterdir()):
             if f.suffix == '.zip' and self.extract:
-                with zipfile.ZipFile(f) as z: rows += [dict(name=f'{f.stem}/{i.filename}', totalBytes=i.file_size, ref=ref) for i in z.infolist() if not i.is_dir()]
+                with zipfile.ZipFile(f) as z: members = [i for i in z.infolist() if not i.is_dir()]
+                rows += [dict(name=f'{f.stem}/{i.filename}', totalBytes=i.file_size, ref=ref) for i in members]
             else: rows.append(dict(name=f.name, totalBytes=f.stat().st_size, ref=ref))
         if self.flat_listing: rows = [r | dict(name=r['name'].split('/')[-1]) for r in rows]
         at, size = int(r.get('pageToken') or 0), r.get('pageSize') or 20
@@ -248,8 +365,9 @@ class KaggleServer:
 
     # ---- models
     def GetModel(self, r):
-        if not any(k.startswith(f"{r['ownerSlug']}/{r['modelSlug']}/") or k == f"{r['ownerSlug']}/{r['modelSlug']}" for k in self.models): raise KaggleError(404, 'model not found')
-        return dict(ref=f"{r['ownerSlug']}/{r['modelSlug']}", id=1)
+        ref = f"{r['ownerSlug']}/{r['modelSlug']}"
+        if not any(f'{k}/'.startswith(f'{ref}/') for k in self.models): raise KaggleError(404, 'model not found')
+        return dict(ref=ref, id=1)
 
     def CreateModel(self, r):
         self.models[f"{r['ownerSlug']}/{r['slug']}"] = []
@@ -278,20 +396,45 @@ class KaggleServer:
         gpu = r.get('machineShape', '') not in ('', 'None') or r.get('enableGpu', False)
         if self.refuse: return dict(error=self.refuse)
         if gpu and self.used_s >= self.total_s: return dict(error=QUOTA)
-        if gpu and sum(v['gpu'] and not v['job'].over for k in self.kernels.values() for v in k['versions']) >= self.slots: return dict(error=SESSIONS)
+        if gpu and self._running() >= self.slots: return dict(error=SESSIONS)
         owner, slug = r['slug'].split('/')
-        ref = f"{owner}/{slugify(r['newTitle']) if r.get('newTitle') and r['slug'] not in self.kernels else slug}"   # a new kernel is named by its title
+        # a new kernel is named by its title
+        if r.get('newTitle') and r['slug'] not in self.kernels: slug = slugify(r['newTitle'])
+        ref = f'{owner}/{slug}'
         kernel = self.kernels.setdefault(ref, dict(versions=[], title=r.get('newTitle'), lag=0))
-        known = dict(datasetDataSources=self.datasets, competitionDataSources=self.competitions, kernelDataSources=self.kernels, modelDataSources={f'{k}/{i + 1}' for k, v in self.models.items() for i in range(len(v))})
-        dropped = {k: [s for s in r.get(k, []) if s not in v and s.rsplit('/', 1)[0] not in v] for k, v in known.items()}
+        # sources that are not there are left out
+        known = {
+            'datasetDataSources': self.datasets,
+            'competitionDataSources': self.competitions,
+            'kernelDataSources': self.kernels,
+            'modelDataSources': {f'{k}/{i + 1}' for k, v in self.models.items() for i in range(len(v))},
+        }
+        is_there = lambda source, held: source in held or source.rsplit('/', 1)[0] in held
+        dropped = {k: [s for s in r.get(k, []) if not is_there(s, held)] for k, held in known.items()}
         request = r | {k: [s for s in r.get(k, []) if s not in dropped[k]] for k in known}
         shape = self.replace_shape or r.get('machineShape') or ('NvidiaTeslaP100' if r.get('enableGpu') else 'None')
-        version = dict(request=request, shape=shape if shape in SHAPES else 'NvidiaTeslaP100', gpu=gpu, number=len(kernel['versions']) + 1)
+        version = {
+            'request': request,
+            'shape': shape if shape in SHAPES else 'NvidiaTeslaP100',
+            'gpu': gpu,
+            'number': len(kernel['versions']) + 1,
+        }
         version['job'] = Job(self, ref, version, self.root/'sessions'/ref/str(version['number']))
         kernel['versions'].append(version)
         kernel['lag'] = self.status_lag if len(kernel['versions']) > 1 else 0
         version['job'].start()
-        return dict(ref=f'/code/{ref}', url=f'{self.url}/code/{ref}', versionNumber=version['number'], kernelId=1, **{f'invalid{k[0].upper()}{k[1:]}'.replace('DataSources', 'Sources'): v for k, v in dropped.items()})
+        field = lambda k: f'invalid{k[0].upper()}{k[1:]}'.replace('DataSources', 'Sources')
+        return {
+            'ref': f'/code/{ref}',
+            'url': f'{self.url}/code/{ref}',
+            'versionNumber': version['number'],
+            'kernelId': 1,
+            **{field(k): sources for k, sources in dropped.items()},
+        }
+
+    def _running(self):
+        "Sessions that hold a GPU."
+        return sum(v['gpu'] and not v['job'].over for k in self.kernels.values() for v in k['versions'])
 
     def _kernel(self, r):
         ref = f"{r['userName']}/{r['kernelSlug'].split('/')[0]}"
@@ -313,36 +456,79 @@ class KaggleServer:
     def GetKernel(self, r):
         ref, kernel = self._kernel(r)
         v = kernel['versions'][-1]
-        return dict(metadata=dict(ref=ref, id=1, title=kernel['title'] or '', machineShape=v['shape'], dockerImage='gcr.io/kaggle-gpu-images/python@sha256:feed', currentVersionNumber=v['number'], isPrivate=v['request'].get('isPrivate', False),
-                                  enableInternet=v['request'].get('enableInternet', False)), blob=dict(source=v['request']['text'], language='python', kernelType='notebook', slug=ref.split('/')[1]))
+        request = v['request']
+        return {
+            'metadata': {
+                'ref': ref,
+                'id': 1,
+                'title': kernel['title'] or '',
+                'machineShape': v['shape'],
+                'dockerImage': 'gcr.io/kaggle-gpu-images/python@sha256:feed',
+                'currentVersionNumber': v['number'],
+                'isPrivate': request.get('isPrivate', False),
+                'enableInternet': request.get('enableInternet', False),
+            },
+            'blob': {
+                'source': request['text'],
+                'language': 'python',
+                'kernelType': 'notebook',
+                'slug': ref.split('/')[1],
+            },
+        }
 
     def _log(self, job): return json.dumps(job.events)
 
     def ListKernelSessionOutput(self, r):
         job = self._shown_version(r, spend=True)['job']
         files = sorted(f for f in job.output.rglob('*') if f.is_file()) if job.status == 'COMPLETE' else []
-        rows = [dict(url=f'{self.url}/files/{f.relative_to(self.root)}', fileName=str(f.relative_to(job.output))) for f in files] + self.extra_output
+        url = lambda f: f'{self.url}/files/{f.relative_to(self.root)}'
+        rows = [dict(url=url(f), fileName=str(f.relative_to(job.output))) for f in files] + self.extra_output
         at, size = int(r.get('pageToken') or 0), r.get('pageSize') or 20
-        return dict(files=rows[at:at + size], log=self._log(job) if job.over else '', nextPageToken=str(at + size) if at + size < len(rows) else '')
+        return {
+            'files': rows[at:at + size],
+            'log': self._log(job) if job.over else '',
+            'nextPageToken': str(at + size) if at + size < len(rows) else '',
+        }
 
     def GetAcceleratorQuotaStatistics(self, r):
         seconds = lambda s: f'{s:.0f}s'
-        running = sum(3600. for k in self.kernels.values() for v in k['versions'] if v['gpu'] and not v['job'].over) 
-        return dict(quotaRefreshTime='2026-11-28T00:00:00Z', gpuQuota=dict(timeUsed=seconds(self.used_s), timeReserved=seconds(running), totalTimeAllowed=seconds(self.total_s)), tpuQuota=dict(timeUsed='0s', timeReserved='0s', totalTimeAllowed='72000s'))
+        return {
+            'quotaRefreshTime': '2026-11-28T00:00:00Z',
+            'gpuQuota': {
+                'timeUsed': seconds(self.used_s),
+                'timeReserved': seconds(3600*self._running()),
+                'totalTimeAllowed': seconds(self.total_s),
+            },
+            'tpuQuota': dict(timeUsed='0s', timeReserved='0s', totalTimeAllowed='72000s'),
+        }
 
     # ---- submissions
     def CreateCodeSubmission(self, r):
         ref = f"{r['kernelOwner']}/{r['kernelSlug']}"
         version = self.kernels[ref]['versions'][r['kernelVersion'] - 1]
-        if version['request'].get('enableInternet'): raise KaggleError(400, 'Your Notebook cannot use internet access in this competition.')
-        if not (version['job'].output/r['fileName']).is_file(): raise KaggleError(400, f"{r['fileName']} is not an output of this version")
+        if version['request'].get('enableInternet'):
+            raise KaggleError(400, 'Your Notebook cannot use internet access in this competition.')
+        if not (version['job'].output/r['fileName']).is_file():
+            raise KaggleError(400, f"{r['fileName']} is not an output of this version")
         job = Job(self, ref, version, self.root/'scored'/str(len(self.submissions)), rerun=True)
-        self.submissions.append(dict(job=job, name=r['fileName'], description=r.get('submissionDescription', ''), ref=len(self.submissions) + 1, competition=r['competitionName']))
+        self.submissions.append({
+            'job': job,
+            'name': r['fileName'],
+            'description': r.get('submissionDescription', ''),
+            'ref': len(self.submissions) + 1,
+            'competition': r['competitionName'],
+        })
         job.start()
         return dict(message='Successfully submitted', ref=len(self.submissions))
 
     def _submission(self, s):
-        out = dict(ref=s['ref'], fileName=s['name'], description=s['description'], status='PENDING', date='2026-11-24T00:00:00Z')
+        out = {
+            'ref': s['ref'],
+            'fileName': s['name'],
+            'description': s['description'],
+            'status': 'PENDING',
+            'date': '2026-11-24T00:00:00Z',
+        }
         if not s['job'].over: return out
         try:
             score = self.truth(s['job'].output/s['name'])
@@ -350,9 +536,15 @@ class KaggleServer:
         except Exception as e: return out | dict(status='ERROR', errorDescription=f'Submission Scoring Error: {e}')
         return out | dict(status='COMPLETE', publicScore=f'{score:.5f}')
 
-    def ListSubmissions(self, r): return dict(submissions=[self._submission(s) for s in reversed(self.submissions) if s['competition'] == r['competitionName']])
+    def ListSubmissions(self, r):
+        own = [s for s in reversed(self.submissions) if s['competition'] == r['competitionName']]
+        return dict(submissions=[self._submission(s) for s in own])
+
     def GetSubmission(self, r): return self._submission(self.submissions[r['ref'] - 1])
-    def GetSubmissionLimits(self, r): return dict(numToday=len(self.submissions), numTotal=len(self.submissions), numAllowedNow=5 - len(self.submissions))
+
+    def GetSubmissionLimits(self, r):
+        count = len(self.submissions)
+        return dict(numToday=count, numTotal=count, numAllowedNow=5 - count)
 
 
 class Redirect(str): pass
@@ -366,7 +558,8 @@ class Handler(BaseHTTPRequestHandler):
     def reply(self, code, body=b'', kind='application/json', headers=()):
         body = json.dumps(body).encode() if isinstance(body, dict | list) else body
         self.send_response(code)
-        for k, v in {'Content-Type': kind, 'Content-Length': str(len(body)), **dict(headers)}.items(): self.send_header(k, v)
+        headers = {'Content-Type': kind, 'Content-Length': str(len(body)), **dict(headers)}
+        for k, v in headers.items(): self.send_header(k, v)
         self.end_headers()
         self.wfile.write(body)
 
@@ -380,17 +573,22 @@ class Handler(BaseHTTPRequestHandler):
                 if code == 'after':   # it is done, but the answer is lost
                     getattr(k, method)(body)
                     return self.reply(503, dict(code=503, message='Service unavailable'))
-                return self.reply(code, dict(code=code, message='Too many requests' if code == 429 else 'Service unavailable'), headers={'Retry-After': '0.01'} if code == 429 else {})
-            if not (self.headers.get('Authorization') or '').startswith(('Basic', 'Bearer')): return self.reply(401, dict(code=401, message='Unauthenticated'))
+                if code == 429:
+                    return self.reply(429, dict(code=429, message='Too many requests'), headers={'Retry-After': '0.01'})
+                return self.reply(code, dict(code=code, message='Service unavailable'))
+            if not (self.headers.get('Authorization') or '').startswith(('Basic', 'Bearer')):
+                return self.reply(401, dict(code=401, message='Unauthenticated'))
             try: answer = getattr(k, method)(body)
             except KaggleError as e: return self.reply(e.code, dict(code=e.code, message=str(e)), headers=e.headers)
-            except Exception as e: return self.reply(500, dict(code=500, message=f'{type(e).__name__}: {e}'))   # of this server
+            # an error of this server
+            except Exception as e: return self.reply(500, dict(code=500, message=f'{type(e).__name__}: {e}'))
         if isinstance(answer, Redirect): return self.reply(302, headers={'Location': answer})
         self.reply(200, answer)
 
     def do_PUT(self):
         k, blob = self.kaggle, self.kaggle.blobs.get(self.path.split('/')[-1])
-        data, where = self.rfile.read(int(self.headers.get('Content-Length') or 0)), self.headers.get('Content-Range', '')
+        data = self.rfile.read(int(self.headers.get('Content-Length') or 0))
+        where = self.headers.get('Content-Range', '')
         k.seen.append((self.path, dict(range=where, bytes=len(data))))
         if blob is None: return self.reply(404)
         if where.startswith('bytes */'):   # how far did it come?
@@ -410,8 +608,10 @@ class Handler(BaseHTTPRequestHandler):
         if self.path.startswith('/files/'):
             path = (k.root/self.path.removeprefix('/files/').split('?')[0]).resolve()
             if not path.is_relative_to(k.root.resolve()) or not path.is_file(): return self.reply(404)
-            return self.reply(200, path.read_bytes(), 'application/octet-stream', {'Last-Modified': 'Mon, 23 Nov 2026 00:00:00 GMT'})
-        if match := re.match(r'/api/v1/kernels/logs/stream/([^/]+)/([^/?]+)', self.path): return self.stream(k.kernels[f'{match[1]}/{match[2]}']['versions'][-1]['job'])
+            headers = {'Last-Modified': 'Mon, 23 Nov 2026 00:00:00 GMT'}
+            return self.reply(200, path.read_bytes(), 'application/octet-stream', headers)
+        match = re.match(r'/api/v1/kernels/logs/stream/([^/]+)/([^/?]+)', self.path)
+        if match: return self.stream(k.kernels[f'{match[1]}/{match[2]}']['versions'][-1]['job'])
         self.reply(404)
 
     def stream(self, job):
