@@ -149,8 +149,9 @@ def _scale_rates(runs, at, by, batch, out):
     "Print and draw the best learning rates, of settings with which more than one was tried."
     from underdog.search.learning_rate import best_rates, plot_rates, valleys
     tried = {}
-    for setting, (rows_per_step, sizes) in valleys(runs, by).items():
-        if any(len(lr) > 1 for lr, *_ in sizes.values()): tried[setting] = rows_per_step, sizes
+    for setting, rates in valleys(runs, by).items():
+        _, sizes = rates
+        if any(len(lr) > 1 for lr, *_ in sizes.values()): tried[setting] = rates
     if not tried: return
     # the table without its last column, which is told in words
     rates = best_rates(tried, at, batch or None)
