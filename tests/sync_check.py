@@ -1,48 +1,74 @@
 """Do notebooks, exported library and README say the same?
 
-`python tests/sync_check.py` cleans and exports a copy of the checkout and compares; nothing here is touched. `--write` does it in place.
+`python tests/sync_check.py` cleans and exports a copy of the checkout and compares; nothing here is touched.
+`--write` does it in place.
 """
-import hashlib, os, shutil, subprocess, sys, tempfile
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
+from textwrap import fill
 
 import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ('nbs', 'lib', 'README.md')
+NOT_COPIED = ('.venv', '.venv-kaggle', '.git', 'runs', '__pycache__', '.pytest_cache', '*.egg-info')
+HEADER = '<!-- made from nbs/index.ipynb by `make export`; edit the notebook -->'
 
 
 def readme(root):
     "README.md from nbs/index.ipynb: markdown cells as they are, code cells as fenced blocks with their text outputs."
-    blocks = []
+    blocks = [HEADER]
     for cell in nbformat.read(root/'nbs'/'index.ipynb', 4).cells:
         if cell.source.startswith('#| hide'): continue
-        if cell.cell_type == 'markdown': blocks.append(cell.source)
-        else:
-            blocks.append(f'```python\n{cell.source}\n```')
-            texts = [o.get('text') or o.get('data', {}).get('text/plain', '') for o in cell.get('outputs', [])]
-            if any(texts): blocks.append('```text\n' + ''.join(texts).rstrip() + '\n```')
-    (root/'README.md').write_text('<!-- made from nbs/index.ipynb by `make export`; edit the notebook -->\n\n' + '\n\n'.join(blocks) + '\n', encoding='utf-8')
+        if cell.cell_type == 'markdown':
+            blocks.append(cell.source)
+            continue
+        blocks.append(f'```python\n{cell.source}\n```')
+        texts = [o.get('text') or o.get('data', {}).get('text/plain', '') for o in cell.get('outputs', [])]
+        if any(texts): blocks.append('```text\n' + ''.join(texts).rstrip() + '\n```')
+    (root/'README.md').write_text('\n\n'.join(blocks) + '\n', encoding='utf-8')
+
+
+def wrap_names(file):
+    "Break the first line of `__all__`, which nbdev makes up to 131 columns long, at 120."
+    text = file.read_text(encoding='utf-8')
+    names = re.search(r'^__all__ = \[[^]]*\]', text, re.M)
+    if not names: return
+    words = ' '.join(names[0].split())
+    wrapped = fill(words, width=120, subsequent_indent=' '*11, break_long_words=False, break_on_hyphens=False)
+    if wrapped != names[0]: file.write_text(text.replace(names[0], wrapped, 1), encoding='utf-8')
 
 
 def export(root):
     "Clean the notebooks, export the library and write the README of the checkout at `root`."
     env = dict(os.environ, PYTHONPATH=str(root/'lib'))
-    for name in ('nbdev_clean', 'nbdev_export'): subprocess.run([Path(sys.executable).with_name(name)], cwd=root, check=True, env=env, stdout=subprocess.DEVNULL)
+    for name in ('nbdev_clean', 'nbdev_export'):
+        program = Path(sys.executable).with_name(name)
+        subprocess.run([program], cwd=root, check=True, env=env, stdout=subprocess.DEVNULL)
+    for file in (root/'lib').rglob('*.py'): wrap_names(file)
     readme(root)
 
 
 def hashes(root):
     "{path: hash} of every file under PARTS, tracked or not; caches aside."
-    files = [f for p in PARTS for f in ([root/p] if (root/p).is_file() else (root/p).rglob('*'))]
-    return {str(f.relative_to(root)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files
-            if f.is_file() and not {'__pycache__', '.ipynb_checkpoints'} & set(f.parts) and '.egg-info' not in str(f)}
+    files = []
+    for part in PARTS: files += [root/part] if (root/part).is_file() else (root/part).rglob('*')
+    cache = lambda f: {'__pycache__', '.ipynb_checkpoints'} & set(f.parts) or '.egg-info' in str(f)
+    return {str(f.relative_to(root)): hashlib.sha256(f.read_bytes()).hexdigest()
+            for f in files if f.is_file() and not cache(f)}
 
 
 def main():
     if '--write' in sys.argv: return export(ROOT)
     with tempfile.TemporaryDirectory() as tmp:
         copy = Path(tmp)/'checkout'
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns('.venv', '.git', 'runs', '__pycache__', '.pytest_cache', '*.egg-info'))
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*NOT_COPIED))
         subprocess.run(['git', 'init', '-q'], cwd=copy, check=True)   # nbdev asks git for the root of the repository
         export(copy)
         before, after = hashes(ROOT), hashes(copy)

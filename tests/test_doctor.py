@@ -10,11 +10,15 @@ import torch
 from fixtures import small_run
 
 from underdog.console import doctor
+from underdog.console.doctor import Check, free_space, gate, gpus, imports_offline, packages
+from underdog.console.run_doctor import kernel_checks, run_checks
 from underdog.core import UserError, write_json
-from underdog.runfolder import RunFolder
-from underdog.console.doctor import Check, gate, gpus, imports_offline, kernel_checks, packages, room, run_checks
 from underdog.inference.job import InferConfig
 from underdog.kernels import run_kernel
+from underdog.runfolder import RunFolder
+
+LINES = ('state', 'template, tokenizer, base', 'versions', 'reload equality', 'validation loss', 'swap consistency')
+COMMAND = [sys.executable, '-c', 'from underdog.console.main import main; main()']
 
 
 def states(checks): return {c.name: c.state for c in checks}
@@ -30,64 +34,88 @@ def patient(finished, tmp_path):
     return RunFolder(tmp_path/'run')
 
 
+# ---- a run
 def test_a_well_run_is_green(finished):
-    found = run_checks(finished.path)
-    assert states(found) == {k: 'ok' for k in ('state', 'template, tokenizer, base', 'versions', 'reload equality', 'validation loss', 'swap consistency')}
+    assert states(run_checks(finished.path)) == dict.fromkeys(LINES, 'ok')
 
 
 def test_another_head_in_four_bits_is_green(world, tmp_path):
-    assert not red(run_checks(small_run(world, tmp_path/'run', head='joint', quantization='nf4').path))
+    run = small_run(world, tmp_path/'run', head='joint', quantization='nf4')
+    assert not red(run_checks(run.path))
+    # one order at inference: the order bias of the head is no error of the run
+    assert not red(run_checks(run.path, InferConfig(tta=False)))
 
 
 def test_an_adapter_of_another_training_is_seen_on_the_rows(patient):
     from safetensors.torch import load_file, save_file
     file = patient.adapter/'head.safetensors'
-    save_file({k: v + 3*torch.ones_like(v)*torch.linspace(-1, 1, v.numel()).reshape(v.shape) for k, v in load_file(file).items()}, file)
+    slope = lambda v: torch.linspace(-1, 1, v.numel()).reshape(v.shape)
+    save_file({k: v + 3*torch.ones_like(v)*slope(v) for k, v in load_file(file).items()}, file)
     assert {'reload equality', 'validation loss'} & {c.name for c in red(run_checks(patient.path))}
-    assert 'reload equality' not in {c.name for c in red(run_checks(patient.path, InferConfig(quantization='nf4')))}   # another precision is only doubtful
+    # another precision is only doubtful
+    in_four_bits = run_checks(patient.path, InferConfig(quantization='nf4'))
+    assert 'reload equality' not in {c.name for c in red(in_four_bits)}
 
 
 def test_texts_of_other_rows_are_seen(patient):
-    rows = pd.read_parquet(patient.path/'check.parquet')
+    rows = pd.read_parquet(patient.check_file)
     rows['response_a'] = np.roll(rows['response_a'].to_numpy(), 1)
-    rows.to_parquet(patient.path/'check.parquet')
+    rows.to_parquet(patient.check_file)
     assert 'reload equality' in {c.name for c in red(run_checks(patient.path))}
 
 
 @pytest.mark.parametrize('change,name', [(dict(template_hash='x'), 'template'), (dict(base_hash='x'), 'base model')])
 def test_another_template_or_base_is_red(patient, change, name):
     write_json(patient.config_file, patient.config | change)
-    assert len(lines := red(run_checks(patient.path))) == 1 and name in lines[0].found
+    lines = red(run_checks(patient.path))
+    assert len(lines) == 1 and name in lines[0].seen
 
 
 def test_an_unfinished_run_says_what_there_is(world, tmp_path):
     run = small_run(world, tmp_path/'run', session=dict(time_limit=1e-6))
     line, = red(run_checks(run.path))
-    assert 'paused at step' in line.found and 'start it again' in line.remedy
+    assert 'paused at step' in line.seen and 'start it again' in line.remedy
 
 
+# ---- the machine
 def test_old_or_missing_packages(monkeypatch):
     assert states(packages()) == {'packages': 'ok'}
     monkeypatch.setattr(doctor, 'NEEDED', {'torch': '99', 'no-such-package': '1'})
     assert states(packages(False)) == {'package torch': 'warn', 'package no-such-package': 'fail', 'packages': 'ok'}
 
 
-def test_gpus_disk_and_imports(tmp_path, monkeypatch):
-    assert states(room(tmp_path)) == {'disk': 'ok', 'memory': 'ok'} and red(room(tmp_path/'a'/'b', disk_gb=1e9))
-    assert red(imports_offline(('no_such_module',)))[0].found.endswith("No module named 'no_such_module'")
-    (tmp_path/'calls_home.py').write_text('import urllib.request\nurllib.request.urlopen("http://example.org", timeout=3)\n')
+def test_disk_and_memory(tmp_path):
+    assert states(free_space(tmp_path)) == {'disk': 'ok', 'memory': 'ok'}
+    assert red(free_space(tmp_path/'a'/'b', disk_gb=1e9))
+
+
+def test_imports_without_the_internet(tmp_path, monkeypatch):
+    line, = red(imports_offline(('no_such_module',)))
+    assert line.seen.endswith("No module named 'no_such_module'")
+    code = 'import urllib.request\nurllib.request.urlopen("http://example.org", timeout=3)\n'
+    (tmp_path/'calls_home.py').write_text(code)
     monkeypatch.setenv('PYTHONPATH', str(tmp_path))
-    assert 'wants the internet' in red(imports_offline(('calls_home',)))[0].found
+    assert 'wants the internet' in red(imports_offline(('calls_home',)))[0].seen
+
+
+def test_no_gpu_is_doubtful_and_red_where_one_was_asked_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
     assert states(gpus())['GPUs'] == 'warn' and 'T4 x2' in red(gpus(2))[0].remedy
     monkeypatch.setenv('KAGGLE_KERNEL_RUN_TYPE', 'Batch')
     assert red(gpus())
-    t4 = dict(device_count=lambda: 1, get_device_name=lambda i: 'Tesla T4', get_device_capability=lambda i=0: (7, 5), mem_get_info=lambda i: (15*2**30, 15*2**30), is_available=lambda: True)
+
+
+def test_what_a_single_t4_lacks(monkeypatch):
+    t4 = dict(device_count=lambda: 1, get_device_name=lambda i: 'Tesla T4', get_device_capability=lambda i=0: (7, 5),
+              mem_get_info=lambda i: (15*2**30, 15*2**30), is_available=lambda: True)
     for name, value in t4.items(): monkeypatch.setattr(torch.cuda, name, value)
-    found = {c.name: c for c in gpus()}
-    assert found['GPUs'].found == 'Tesla T4 (sm_75, 15 GiB)' and found['second GPU'].state == 'warn' and 'float16' in found['dtype'].found and 'tl.dot' in found['Triton'].found
+    monkeypatch.setenv('KAGGLE_KERNEL_RUN_TYPE', 'Batch')
+    lines = {c.name: c for c in gpus()}
+    assert lines['GPUs'].seen == 'Tesla T4 (sm_75, 15 GiB)' and lines['second GPU'].state == 'warn'
+    assert 'float16' in lines['dtype'].seen and 'tl.dot' in lines['Triton'].seen
 
 
+# ---- the gate
 def test_a_red_line_stops_but_not_a_scored_run(monkeypatch, capsys):
     checks = [Check('fine', 'ok', 'yes'), Check('GPUs', 'fail', 'none', 'set [the] accelerator')]
     with pytest.raises(UserError, match=r'GPUs: none \(set \[the\] accelerator\)'): gate(checks)
@@ -96,20 +124,25 @@ def test_a_red_line_stops_but_not_a_scored_run(monkeypatch, capsys):
     assert 'set [the] accelerator' in capsys.readouterr().out
 
 
-def test_kernels_are_checked_before_they_run(world, finished, tmp_path):
+# ---- a kernel
+def test_kernels_are_checked_before_they_run(world, finished):
     given = dict(train_csv=str(world/'train.csv'), model=str(world/'llama'))
-    assert not red(kernel_checks('train', given)) and {c.name for c in red(kernel_checks('train', {}))} == {'train_csv', 'model'}
-    assert not red(kernel_checks('infer', dict(run=str(finished.path), test_csv=str(world/'test.csv'))))
-    assert 'not a run folder' in red(kernel_checks('infer', dict(run=str(world), test_csv=str(world/'test.csv'))))[0].found
+    assert not red(kernel_checks('train', given))
+    assert {c.name for c in red(kernel_checks('train', {}))} == {'train_csv', 'model'}
+    test_csv = str(world/'test.csv')
+    assert not red(kernel_checks('infer', dict(run=str(finished.path), test_csv=test_csv)))
+    assert 'not a run folder' in red(kernel_checks('infer', dict(run=str(world), test_csv=test_csv)))[0].seen
     with pytest.raises(UserError, match='did you mean lr'): kernel_checks('train', dict(lrr='1'))
 
 
 def test_a_kernel_with_an_ill_run_stops_in_its_gate(world, patient, tmp_path):
     write_json(patient.config_file, patient.config | dict(template_hash='x'))
-    with pytest.raises(UserError, match='template'): run_kernel('infer', dict(run=str(patient.path), test_csv=str(world/'test.csv'), out=str(tmp_path/'out')), tmp_path)
+    parameters = dict(run=str(patient.path), test_csv=str(world/'test.csv'), out=str(tmp_path/'out'))
+    with pytest.raises(UserError, match='template'): run_kernel('infer', parameters, tmp_path)
     assert not (tmp_path/'out').exists()
 
 
 def test_the_command_line():
-    done = subprocess.run([sys.executable, '-c', 'from underdog.console.main import main; main()', 'doctor', 'train', '-p', 'train_csv=nothing.csv'], capture_output=True, text=True)
-    assert 'imports without internet' in done.stdout and done.returncode == 1 and done.stderr.count('\n') == 1 and 'nothing.csv: no such file' in done.stderr
+    done = subprocess.run([*COMMAND, 'doctor', 'train', '-p', 'train_csv=nothing.csv'], capture_output=True, text=True)
+    assert 'imports without internet' in done.stdout and done.returncode == 1
+    assert done.stderr.count('\n') == 1 and 'nothing.csv: no such file' in done.stderr

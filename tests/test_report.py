@@ -2,7 +2,11 @@
 import numpy as np
 import pandas as pd
 
-from underdog.console.report import calibration_error, figure_png, plot_calibration, plot_confusion, plot_lengths, plot_loss, plot_probabilities, plot_scores, write_report
+from underdog.console.figures import (calibration_error, figure_png, plot_calibration, plot_confusion, plot_intervals,
+                                      plot_lengths, plot_loss, plot_probabilities, save_figure)
+from underdog.console.report import run_figures, write_report
+from underdog.data.competition import LMSYS
+from underdog.runfolder import RunFolder
 
 
 def test_calibration_error_is_small_for_the_law_and_large_for_the_overconfident():
@@ -16,8 +20,36 @@ def test_calibration_error_is_small_for_the_law_and_large_for_the_overconfident(
 def test_every_figure_draws_even_with_little_data(tmp_path):
     y, p = np.eye(3)[[0]], np.array([[.5, .3, .2]])
     metrics = pd.DataFrame([dict(step=1, loss=1.1), dict(step=1, eval_loss=1.0)])
-    figures = [plot_lengths([5]), plot_lengths(np.arange(1, 300), 100), plot_loss(metrics, dict(prior=1.09), .9), plot_loss(metrics[['step', 'loss']]), plot_calibration(y, p), plot_confusion(y, p),
-               plot_probabilities(pd.DataFrame(p, columns=['p_a', 'p_b', 'p_tie'])), plot_scores(pd.DataFrame(dict(name=['x'], loss=[1.], low=[.9], high=[1.1])), .8)]
-    assert all(figure_png(f)[:4] == b'\x89PNG' and len(figure_png(f)) > 3000 for f in figures)
-    page = write_report(tmp_path/'r.html', 'a <b>', [('x & y', [figures[0], pd.DataFrame({'<i>': ['<script>']}), 'text\nlines'])]).read_text()
-    assert '<script>' not in page and 'http' not in page and page.count('data:image/png;base64,') == 1 and list(tmp_path.iterdir()) == [tmp_path/'r.html']
+    scores = pd.DataFrame(dict(name=['x'], loss=[1.], low=[.9], high=[1.1]))
+    figures = [
+        plot_lengths([5]),
+        plot_lengths(np.arange(1, 300), 100),
+        plot_loss(metrics, dict(prior=1.09), .9),
+        plot_loss(metrics[['step', 'loss']]),
+        plot_calibration(y, p),
+        plot_confusion(y, p),
+        plot_probabilities(pd.DataFrame(p, columns=['p_a', 'p_b', 'p_tie'])),
+        plot_intervals(scores, .8),
+    ]
+    for figure in figures:
+        png = figure_png(figure)
+        assert png[:4] == b'\x89PNG' and len(png) > 3000
+    save_figure(figures[0], tmp_path/'figures'/'lengths.png')
+    assert (tmp_path/'figures'/'lengths.png').read_bytes()[:4] == b'\x89PNG'
+
+
+def test_the_page_is_one_file_and_its_texts_are_no_markup(tmp_path):
+    table = pd.DataFrame({'<i>': ['<script>']})
+    items = [plot_lengths([5]), table, 'text\nlines']
+    page = write_report(tmp_path/'r.html', 'a <b>', [('x & y', items)]).read_text()
+    assert '<script>' not in page and 'http' not in page
+    assert page.count('data:image/png;base64,') == 1 and list(tmp_path.iterdir()) == [tmp_path/'r.html']
+
+
+def test_a_run_shows_what_there_is_of_it(finished, tmp_path):
+    assert list(run_figures(finished, LMSYS)) == ['Lengths', 'Loss', 'Calibration', 'Confusion']
+    # stopped before its first step
+    finished.copy_to(tmp_path/'run')
+    run = RunFolder(tmp_path/'run')
+    for file in (run.metrics_file, run.oof_file): file.unlink()
+    assert list(run_figures(run, LMSYS)) == ['Lengths']
