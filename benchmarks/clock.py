@@ -4,9 +4,9 @@
 
 Two runs of SmolLM2 (its lower 4 and 2 layers) on generated rows, whose law gives the log loss without the noise of
 drawn labels. First without pressure: that is the full time. Then 100 %, 60 %, 30 % and 5 % of it, each also on a
-machine that becomes three times slower half-way: every worker is stopped for two of three tenths of a second, with SIGSTOP. The
-oracle reads rows in the same order, knows beforehand how fast the machine is and will be, wastes nothing on safety, and
-publishes in no time. The last line of output is JSON.
+machine that becomes three times slower half-way: every worker is stopped for two of three tenths of a second, with
+SIGSTOP. The oracle reads rows in the same order, knows beforehand how fast the machine is and will be, wastes nothing on
+safety, and publishes in no time. The last line of output is JSON.
 """
 import argparse
 import contextlib
@@ -31,7 +31,7 @@ def make_runs(data):
     "The two runs, trained on the rows in the folder `data`."
     from underdog.training.run import train
     from underdog.console.demo import smollm2
-    from underdog.model.model import ModelConfig
+    from underdog.model.settings import ModelConfig
     from underdog.text.prompt import PromptConfig
     from underdog.training.settings import TrainConfig
     # without help from the baselines, so that there is something to answer
@@ -81,7 +81,7 @@ class Inference:
 def infer(folder, runs, name, limit):
     "An `Inference` with the deadline `limit` seconds from now."
     from underdog.core import read_json
-    from underdog.inference.job import InferConfig
+    from underdog.inference.settings import InferConfig
     from underdog.inference.scored import predict
     data, out = folder/'data', folder/name
     began = time.monotonic()
@@ -100,7 +100,8 @@ class Oracle:
     "What the same passes reach when every second until the deadline is used."
     def __init__(self, full):
         from underdog.core import read_json
-        from underdog.inference.scored import Answers, start_jobs
+        from underdog.inference.publish import Answers
+        from underdog.inference.scored import start_jobs
         # the passes of the inference without pressure, and what they answered
         self.jobs, self.evidence = start_jobs(read_json(full.out/'submit.json'))
         Answers(full.out/'answers.npz', self.jobs).load()
@@ -116,21 +117,21 @@ class Oracle:
     def probabilities(self, limit, slowed):
         "(n, C) after `limit` seconds."
         from underdog.inference.schedule import RANKINGS, doubt
-        from underdog.inference.scored import current
+        from underdog.inference.publish import blend_answers
         for job in self.jobs: job.logits[:] = np.nan
         left = self._seconds(limit, slowed)
         for (job, order, ranking), speed, load in zip(self.passes, self.speed, self.load):
             left -= load
             # the rows that fit into what is left, in the order of the real pass
             cost = job.source.tokens_of((order,))
-            priority = RANKINGS[ranking](cost, doubt(current(self.jobs, self.evidence)))
+            priority = RANKINGS[ranking](cost, doubt(blend_answers(self.jobs, self.evidence)))
             rows = np.argsort(-priority, kind='stable')
             used = np.cumsum(cost[rows])/speed
             rows = rows[used <= max(0., left)]
             i, k = self.jobs.index(job), job.orders.index(order)
             job.logits[k, rows] = self.answers[i][k, rows]
             left -= used[-1]
-        return current(self.jobs, self.evidence)
+        return blend_answers(self.jobs, self.evidence)
 
     def _seconds(self, limit, slowed):
         "Seconds of computing at full speed between the start-up and `limit`."

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from underdog.text.heads import HEADS
-from underdog.search.estimate import CHARS_PER_TOKEN, lmsys_lengths
+from underdog.search.lengths import CHARS_PER_TOKEN, lmsys_lengths
 
 EPOCH = 57_477   # rows of the LMSYS train.csv
 CUT = 2048       # tokens of prompt and both answers

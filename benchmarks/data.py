@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from underdog.search.estimate import CHARS_PER_TOKEN, LENGTHS, PROMPT_SHARE
+from underdog.search.lengths import CHARS_PER_TOKEN, LENGTHS, PROMPT_SHARE
 
 from benchmarks.common import save_tokenizer
 
@@ -85,7 +85,8 @@ def run_underdog(args):
     "Read and tokenize with underdog; a second pass finds the cache."
     from underdog.machine import quiet
     from underdog.data.rows import read_rows
-    from underdog.text.prompt import PromptConfig, Prompter, tokenize_rows
+    from underdog.text.prompt import PromptConfig, Prompter
+    from underdog.text.tokens import tokenize_rows
     quiet()
     prompter = Prompter(PromptConfig(max_length=args.max_length), args.tokenizer, args.head)
     # read and tokenize

@@ -45,7 +45,7 @@ def train_job(folder, out):
     "A whole training, with a checkpoint every .3 seconds."
     from underdog.session import SessionConfig
     from underdog.training.run import train
-    from underdog.model.model import ModelConfig
+    from underdog.model.settings import ModelConfig
     from underdog.text.prompt import PromptConfig
     from underdog.training.settings import TrainConfig
     model = ModelConfig(str(folder/'base'), rank=4, quantization='none')
@@ -56,7 +56,7 @@ def train_job(folder, out):
 
 def infer_job(folder, out):
     "A whole inference by two workers, with a deadline an hour away."
-    from underdog.inference.job import InferConfig
+    from underdog.inference.settings import InferConfig
     from underdog.inference.scored import predict
     sample = str(folder/'data'/'sample_submission.csv')
     cfg = InferConfig(batch_tokens=300, processes=2, sample_submission=sample, time_limit=1., publish_s=.2)

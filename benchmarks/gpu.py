@@ -75,10 +75,13 @@ def build(name, kind, head, place):
     import torch
     from transformers import AutoConfig, AutoModel
 
-    from underdog.model.attention import Planner, attention_of
+    from underdog.model.planner import Planner, attention_of
+    from underdog.model.backbone import load_bitsandbytes
     from underdog.model.head import make_head
-    from underdog.model.model import ModelConfig, PreferenceModel, _load_bitsandbytes, add_lora
-    if kind != 'none': _load_bitsandbytes()
+    from underdog.model.lora import add_lora
+    from underdog.model.model import PreferenceModel
+    from underdog.model.settings import ModelConfig
+    if kind != 'none': load_bitsandbytes()
     # shapes without weights
     model_type, shape = SHAPES[name]
     config = AutoConfig.for_model(model_type, **shape)

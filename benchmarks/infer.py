@@ -29,7 +29,8 @@ def load(base, head):
     "The model of `head`, ready to predict; its LoRA moved away from its start."
     import torch
 
-    from underdog.model.model import ModelConfig, adapter_parameters, load_model
+    from underdog.model.model import adapter_parameters, load_model
+    from underdog.model.settings import ModelConfig
     model = load_model(ModelConfig(base, head=head, rank=RANK, alpha=RANK, quantization='none')).eval()
     generator = torch.Generator().manual_seed(0)
     for p in adapter_parameters(model): p.data.normal_(0, .02, generator=generator)

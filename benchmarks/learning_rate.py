@@ -22,7 +22,8 @@ def sweep(out, fixed, shares, rates):
     "The valley of runs with `rates` at `shares` of the rows, in the folder `out`: batch, {n: (lr, losses, errors)}."
     from underdog.search.learning_rate import valleys
     from underdog.search.scaling import find_runs
-    from underdog.search.sweep import Sweep, run_sweep
+    from underdog.search.sweep import Sweep
+    from underdog.search.trials import run_sweep
     grid = dict(share=shares, lr=rates)
     run_sweep(Sweep(grid, search='grid', trials=len(shares)*len(rates), fixed=fixed), out)
     valley, = valleys(find_runs([out])).values()

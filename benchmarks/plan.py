@@ -55,7 +55,7 @@ def measure(name, train_csv, folder, steps):
     from underdog.search.calibrate import calibrate
     from underdog.session import SessionConfig
     from underdog.training.run import train
-    from underdog.model.model import ModelConfig
+    from underdog.model.settings import ModelConfig
     from underdog.text.prompt import PromptConfig
     from underdog.training.settings import TrainConfig
     model = ModelConfig(make_model(name, folder/name), rank=8, alpha=8., quantization='none')

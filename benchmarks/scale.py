@@ -54,7 +54,7 @@ def on_rows(df, comp, seed):
     "The `Outcome`s of one split; a baseline whose prediction is refused is left out."
     import numpy as np
     from underdog.core import UserError
-    from underdog.search.scaling import Points, predict, standard_errors
+    from underdog.search.scaling import Points, extrapolate, standard_errors
     from underdog.training.settings import TrainConfig
     sizes, losses = zip(*(held_losses(df, comp, TrainConfig(share=share, seed=seed)) for share in SHARES))
     outcomes = []
@@ -63,7 +63,7 @@ def on_rows(df, comp, seed):
         means = np.array([h['loss'].mean() for h in held])
         # the largest size is not shown to the prediction
         points = Points(name, np.array(sizes[:-1]), means[:-1], standard_errors(held[:-1]))
-        try: prediction = predict(points, sizes[-1], seed=seed)
+        try: prediction = extrapolate(points, sizes[-1], seed=seed)
         except UserError: continue
         inside = prediction.low <= means[-1] <= prediction.high
         outcomes.append(Outcome(name, inside, prediction.loss, means[-1]))
@@ -74,14 +74,14 @@ def on_known_laws(n):
     "(share of the intervals that hold the truth, their number) of `n` laws whose points are drawn with known errors."
     import numpy as np
     from underdog.core import UserError
-    from underdog.search.scaling import Points, law, predict
+    from underdog.search.scaling import Points, extrapolate, law
     rng, sizes, inside = np.random.default_rng(0), np.array([1000., 2000, 4000, 8000]), []
     for i in range(n):
         # a law, and points beside it
         truth = rng.uniform(.8, .95), rng.uniform(1., 4.), rng.uniform(.25, .6)
         errors = np.full(4, rng.uniform(.001, .004))
         losses = law(*truth, sizes) + rng.normal(size=4)*errors
-        try: prediction = predict(Points('law', sizes, losses, errors), 32_000, draws=300, seed=i)
+        try: prediction = extrapolate(Points('law', sizes, losses, errors), 32_000, draws=300, seed=i)
         except UserError: continue
         inside.append(prediction.low <= law(*truth, 32_000) <= prediction.high)
     return float(np.mean(inside)), len(inside)

@@ -27,7 +27,8 @@ POLICIES = ('random', 'group_by_length')   # the orders in which the Trainer's s
 
 # ---- underdog
 def our_model(base, lora_layers=''):
-    from underdog.model.model import ModelConfig, load_model
+    from underdog.model.model import load_model
+    from underdog.model.settings import ModelConfig
     cfg = ModelConfig(base, head='joint', rank=RANK, alpha=RANK, lora_layers=lora_layers, quantization='none')
     return load_model(cfg)
 

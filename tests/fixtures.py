@@ -79,7 +79,7 @@ def make_base(folder, family='llama', **changes):
 
 def predictions(run, test_csv, out, cfg=None):
     "The table of predictions of an inference with one run."
-    from underdog.inference.job import InferConfig
+    from underdog.inference.settings import InferConfig
     from underdog.inference.scored import predict
     predict(str(run), test_csv, out, cfg or InferConfig())
     return pd.read_parquet(Path(out)/'predictions.parquet')
@@ -89,7 +89,7 @@ def small_run(world, out, family='llama', head='pair', quantization='none', sess
     "A run with a tiny model on the rows of the folder `world`; `session`: fields of its `SessionConfig`."
     from underdog.session import SessionConfig
     from underdog.text.prompt import PromptConfig
-    from underdog.model.model import ModelConfig
+    from underdog.model.settings import ModelConfig
     from underdog.training.run import train
     from underdog.training.settings import TrainConfig
     model = ModelConfig(str(world/family), head=head, quantization=quantization, rank=4, dropout=0.)

@@ -13,7 +13,7 @@ from underdog.console import doctor
 from underdog.console.doctor import Check, free_space, gate, gpus, imports_offline, packages
 from underdog.console.run_doctor import kernel_checks, run_checks
 from underdog.core import UserError, write_json
-from underdog.inference.job import InferConfig
+from underdog.inference.settings import InferConfig
 from underdog.kernels import run_kernel
 from underdog.runfolder import RunFolder
 

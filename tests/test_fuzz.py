@@ -13,9 +13,10 @@ from underdog.inference.blend import Blend, gather_oof
 from underdog.training.checkpoint import Checkpoints
 from underdog.core import UserError, coerce, read_json
 from underdog.runfolder import RunFolder
-from underdog.console.doctor import run_checks
+from underdog.console.run_doctor import run_checks
 from underdog.data.floors import Floors
-from underdog.inference.job import InferConfig, check_run
+from underdog.inference.job import check_run
+from underdog.inference.settings import InferConfig
 from underdog.training.prepare import differences, find_earlier
 from underdog.text.prompt import PromptConfig
 from underdog.session import Session

@@ -12,9 +12,9 @@ import underdog
 from underdog.session import SessionConfig
 from underdog.kernels import find_kernel, kernel_parameters
 from underdog.text.prompt import PromptConfig
-from underdog.model.model import ModelConfig
+from underdog.model.settings import ModelConfig
 from underdog.training.settings import TrainConfig
-from underdog.inference.job import InferConfig
+from underdog.inference.settings import InferConfig
 
 LIBRARY = Path(underdog.__file__).parent
 MODULES = sorted(f for f in LIBRARY.rglob('*.py') if f.name != '_modidx.py')

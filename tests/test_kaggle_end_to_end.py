@@ -18,10 +18,10 @@ from underdog.session import SessionConfig
 from underdog.runfolder import RunFolder
 from underdog.data.competition import LMSYS
 from underdog.text.prompt import PromptConfig
-from underdog.model.model import ModelConfig
+from underdog.model.settings import ModelConfig
 from underdog.training.run import train
 from underdog.training.settings import TrainConfig
-from underdog.inference.job import InferConfig
+from underdog.inference.settings import InferConfig
 from underdog.inference.scored import predict
 
 MODEL = 'models/me/tiny/transformers/llama/1'

@@ -15,7 +15,8 @@ from test_model import trained
 from underdog.core import UserError
 from underdog.machine import quiet
 from underdog.model.head import exchange
-from underdog.model.model import ModelConfig, adapter_parameters, load_model
+from underdog.model.model import adapter_parameters, load_model
+from underdog.model.settings import ModelConfig
 from underdog.model.predict import predict_both
 from underdog.text.bins import pack_bins, pack_windows, rank_share
 from underdog.text.heads import HEADS
@@ -201,7 +202,7 @@ def test_a_read_out_sees_the_second_answer_as_if_it_followed_the_first(bases):
     """With one layer, keys do not depend on what their token saw.
 
     So the first read-out's state is that of the plain text prompt, A, B, ask."""
-    from underdog.model.model import load_backbone
+    from underdog.model.backbone import load_backbone
     cfg = ModelConfig(str(bases['llama']), head='symmetric', layers=1, rank=4, quantization='none')
     row, model = rows_of()[4], load_model(cfg)
     text = torch.tensor([[1, *row['prompt'], 2, *row['a'], 3, *row['b'], 3, 8, 9]])

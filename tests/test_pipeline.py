@@ -20,7 +20,7 @@ from underdog.data.rows import read_rows, write_rows
 from underdog.kernels import find_kernel, kernel_parameters, run_kernel
 from underdog.training.run import train
 from underdog.training.worker import same_everywhere
-from underdog.model.model import ModelConfig
+from underdog.model.settings import ModelConfig
 from underdog.text.prompt import PromptConfig, Prompter
 
 P = ['p_a', 'p_b', 'p_tie']

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from underdog.core import UserError
 from underdog.text.heads import HEADS
 from underdog.text.prompt import PromptConfig
-from underdog.model.model import ModelConfig
+from underdog.model.settings import ModelConfig
 from underdog.training.settings import TrainConfig
-from underdog.inference.job import InferConfig
+from underdog.inference.settings import InferConfig
 from underdog.search import recipe as recipe_module
 from underdog.search.cost import GIB, Setup, kept_bytes, train_hours, work_of
 from underdog.search.estimate import BATCHES, PUBLISHED, best_fit, implied, make_plan, needed

@@ -6,7 +6,7 @@ import torch
 from underdog.data.metrics import log_loss
 from underdog.data.folds import swap_probs
 from underdog.training.probe import fit_probe
-from underdog.data.sample import davidson
+from underdog.data.answers import davidson
 
 TIE = torch.tensor(0., dtype=torch.float64)
 

@@ -20,9 +20,11 @@ from underdog.runfolder import RunFolder
 from underdog.data.competition import LMSYS
 from underdog.data.folds import labels_of
 from underdog.data.rows import read_rows
-from underdog.text.prompt import PromptConfig, Prompter, tokenize_rows
+from underdog.text.prompt import PromptConfig, Prompter
+from underdog.text.tokens import tokenize_rows
 from underdog.text.source import RowSource
-from underdog.model.model import ModelConfig, load_model
+from underdog.model.model import load_model
+from underdog.model.settings import ModelConfig
 from underdog.training.checkpoint import Checkpoints
 from underdog.training.health import Health, Unhealthy
 from underdog.training.loop import Silent, fit, rehearse

@@ -19,7 +19,7 @@ from test_packing import prompter, rows_of
 
 from underdog.core import UserError
 from underdog.text.source import RowSource
-from underdog.model.model import ModelConfig
+from underdog.model.settings import ModelConfig
 from underdog.model.predict import part_logits
 from underdog.inference.job import Job, Part, merged_base, read_test, start_worker
 from underdog.inference.settings import InferConfig

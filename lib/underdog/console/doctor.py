@@ -166,8 +166,3 @@ def _print_checks(checks):
         table.add_row(f'[{_COLOURS[c.state]}]{c.state}[/]', escape(c.name), escape(c.seen), escape(c.remedy))
     # a log or a notebook has no width of its own
     Console(force_jupyter=False, width=None if sys.stdout.isatty() else 160).print(table)
-
-# %% ../../../nbs/8_console/01_doctor.ipynb #b9c5cac7
-def run_checks(*args, **kwargs):   # moved
-    from underdog.console.run_doctor import run_checks
-    return run_checks(*args, **kwargs)

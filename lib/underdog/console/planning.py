@@ -45,7 +45,9 @@ def plan(
     What does not fit says what would make it fit. Nothing is loaded or run, unless with --calibrate: then a few steps
     of the real training are."""
     from dataclasses import asdict
-    from underdog.search.estimate import Recipe, accelerator, make_plan, model_shape
+    from underdog.search.estimate import make_plan
+    from underdog.search.recipe import Recipe
+    from underdog.search.shapes import accelerator, model_shape
     recipe = Recipe(head=head, max_length=max_length, rank=rank, quantization=quantization, epochs=epochs)
     if calibrate: return _print_calibration(_calibrated(model, file, recipe), json_)
     # the arithmetic, and its lines
@@ -59,7 +61,7 @@ def plan(
 # %% ../../../nbs/8_console/07_planning.ipynb #c28f5388
 def _lengths(file, model):
     "(n, 3) tokens of the rows of `file`, counted with the model's tokenizer where `model` is a folder with one."
-    from underdog.search.estimate import csv_lengths, lmsys_lengths
+    from underdog.search.lengths import csv_lengths, lmsys_lengths
     if not file: return lmsys_lengths()
     tokenizers = ('tokenizer.json', 'tokenizer.model', 'vocab.txt')
     own = Path(model).is_dir() and any((Path(model)/name).is_file() for name in tokenizers)
@@ -74,7 +76,7 @@ def _print_plan(title, lines):
 # %% ../../../nbs/8_console/07_planning.ipynb #486012f4
 def _calibrated(model, file, recipe):
     "The `Calibration` of the training that `recipe` describes, on this machine."
-    from underdog.model.model import ModelConfig
+    from underdog.model.settings import ModelConfig
     from underdog.search.calibrate import calibrate
     from underdog.text.prompt import PromptConfig
     from underdog.training.settings import TrainConfig
@@ -110,8 +112,9 @@ def sweep(
 
     Killed at any point, the same command goes on; several processes may share one folder.
     Example of a space: `lr: {low: 1e-5, high: 1e-3, log: true}`, `rank: [8, 16, 64]`."""
-    from underdog.search.sweep import read_sweep, run_sweep
-    from underdog.search.trials import write_figures
+    from underdog.search.sweep import read_sweep
+    from underdog.search.trials import run_sweep
+    from underdog.search.sweep_figures import write_figures
     settings = read_sweep(file)
     trials = run_sweep(settings, out, hours, typer.echo)
     # the best first, with the cost that says something: that of GPUs where there are any
@@ -162,9 +165,9 @@ def _scale_rates(runs, at, by, batch, out):
 
 def _scale_losses(runs, at, by, out):
     "Print and draw the loss of every setting at `at` rows or steps."
-    from underdog.search.scaling import compare, plot_laws, points_of
+    from underdog.search.scaling import compare_settings, plot_laws, points_of
     points = points_of(runs, by)
-    table = compare(points, at)
+    table = compare_settings(points, at)
     # columns that say something, and in words what is refused
     names = [c for c in table if table[c].notna().any() and c != 'refused']
     print_frame(f'at {at:,} {by}', table[names])

@@ -38,13 +38,13 @@ def _asked_twice(public):
     return public > 1
 
 def _push_settings(hub, gpus, source, wheels, **fields):
-    "The `Push` of these options: with the library that was sent last, and the wheels where they are wanted."
-    from underdog.kaggle.push import Push
+    "The `PushConfig` of these options: with the library that was sent last, and the wheels where they are wanted."
+    from underdog.kaggle.push import PushConfig
     from underdog.kaggle.ship import LIBRARY, WHEELS, shipped_library
     # -1: what the machine has, as far as we know
     if gpus < 0: gpus = 2 if fields['shape'] == 'NvidiaTeslaT4' else int(bool(fields['shape']))
     bundles = shipped_library(hub, LIBRARY, WHEELS if wheels else '')
-    return Push(gpus=gpus, sources=tuple(source or ()), bundles=bundles,
+    return PushConfig(gpus=gpus, sources=tuple(source or ()), bundles=bundles,
                 wheels=hub.ref(WHEELS) if wheels else '', **fields)
 
 # %% ../../../nbs/8_console/08_remote.ipynb #a313cad5
@@ -70,7 +70,8 @@ def bundle(
 
 # %% ../../../nbs/8_console/08_remote.ipynb #3b4ee873
 def _send_folder(folder, slug, model, dry_run, public, poll):
-    from underdog.kaggle.ship import check_contents, manifest, ship, ship_model
+    from underdog.kaggle.contents import check_contents, manifest
+    from underdog.kaggle.ship import ship, ship_model
     check_contents(folder)
     if dry_run:
         rows = [(name, size) for name, (size, _) in manifest(folder)['files'].items()]
@@ -125,24 +126,24 @@ def push(
     Example: `underdog push train -p train_csv=competitions/lmsys-chatbot-arena/train.csv
     -p model=models/google/gemma-2/transformers/gemma-2-2b-it/2`.
     Its first cell proves GPUs, mounts and library, or stops at once."""
-    from underdog.kaggle.push import push as push_kernel
-    from underdog.kaggle.watch import note
+    from underdog.kaggle.ledger import note_pushed
+    from underdog.kaggle.push import push_kernel
     hub = _hub(poll)
     settings = _push_settings(hub, gpus, source, wheels, shape=shape, docker_image=docker_image, internet=internet,
                               public=_asked_twice(public), timeout_s=int(3600*timeout))
     # push, and write down what was pushed: `status` and `quota` read it
-    pushed = push_kernel(hub, kernel, params(param), slug, push=settings)
-    note(kernel=pushed.ref, version=pushed.version, push=pushed.id, state='pushed', shape=pushed.shape)
+    pushed = push_kernel(hub, kernel, params(param), slug, settings)
+    note_pushed(pushed)
     typer.echo(f'{pushed.ref}: version {pushed.version} on {pushed.shape or "a CPU"}, push {pushed.id}\n{pushed.url}')
     if wait: _wait(hub, pushed)
 
 def _wait(hub, pushed):
     "Say how a kernel goes on until it is over; a failure is a `UserError`."
-    from underdog.kaggle.watch import note, wait
+    from underdog.kaggle.ledger import note_state
+    from underdog.kaggle.watch import wait_for_kernel
     tell = lambda state: typer.echo(f'{state.status.lower()} {state.progress}')
-    state = wait(hub, pushed.ref, pushed.id, pushed.version, say=tell)
-    note(kernel=pushed.ref, version=pushed.version, push=pushed.id, state=state.status, why=state.why,
-         hours=round(state.hours, 3))
+    state = wait_for_kernel(hub, pushed.ref, pushed.id, pushed.version, say=tell)
+    note_state(state, pushed.id, pushed.version)
     if state.status != 'COMPLETE': raise UserError(f'{pushed.ref}: {state.status.lower()}: {state.why}')
 
 # %% ../../../nbs/8_console/08_remote.ipynb #c24401ec
@@ -152,13 +153,14 @@ def status(
     poll: POLL = 15.,
 ):
     "What a kernel is doing: status, progress by its own log, and of a failure the last line of the traceback."
-    from underdog.kaggle.watch import OVER, ledger
+    from underdog.kaggle.ledger import read_ledger
+    from underdog.kaggle.watch import OVER
     hub = _hub(poll)
-    entries = ledger()[-last:]
+    entries = read_ledger()[-last:]
     if kernel:
         # its last push, or one that was not made here
         ref = hub.ref(kernel)
-        entries = [next((e for e in reversed(ledger()) if e['kernel'] == ref), dict(kernel=ref))]
+        entries = [next((e for e in reversed(read_ledger()) if e['kernel'] == ref), dict(kernel=ref))]
     rows = []
     for entry in entries:
         progress = _look(hub, entry) if kernel or entry.get('state') not in OVER else ''
@@ -169,12 +171,13 @@ def status(
 
 def _look(hub, entry):
     "The progress of the kernel in an `entry` of the ledger, into which its state is written."
-    from underdog.kaggle.watch import look, note
-    state = look(hub, entry['kernel'], entry.get('version') or 0)
+    from underdog.kaggle.ledger import note_run
+    from underdog.kaggle.watch import kernel_state
+    state = kernel_state(hub, entry['kernel'], entry.get('version') or 0)
     # what Kaggle tells may be of another version than the entry's
     if entry.get('push') and state.push not in ('', entry['push']): return ''
     entry |= dict(state=state.status, why=state.why, hours=round(state.hours, 3))
-    if state.over and entry.get('push'): note(**entry)
+    if state.over and entry.get('push'): note_run(**entry)
     return state.progress
 
 # %% ../../../nbs/8_console/08_remote.ipynb #55e13f97
@@ -183,13 +186,12 @@ def logs(
     follow: option(bool, 'go on until it is over', '-f', '--follow') = False,
 ):
     "The log of a kernel; live while it runs."
-    from underdog.kaggle.watch import follow as events_of, lines_of, log_now
+    from underdog.kaggle.watch import follow_log, log_lines, log_now
     hub = _hub()
     if follow:
-        for event in events_of(hub, hub.ref(kernel)): typer.echo(event.get('data') or '', nl=False)
+        for event in follow_log(hub, hub.ref(kernel)): typer.echo(event.get('data') or '', nl=False)
         return
-    log = log_now(hub, hub.ref(kernel), 10.)[0]
-    typer.echo('\n'.join(lines_of(log)))
+    typer.echo('\n'.join(log_lines(log_now(hub, hub.ref(kernel), 10.).events)))
 
 def pull(
     kernel: KERNEL,
@@ -197,17 +199,17 @@ def pull(
     pattern: option(str, 'only files whose names match (a regular expression)') = '',
 ):
     "Fetch the output of a kernel; what is here already is not fetched again."
-    from underdog.kaggle.watch import pull as fetch
+    from underdog.kaggle.watch import pull_output
     hub = _hub()
     ref = hub.ref(kernel)
     folder = out or Path('runs')/ref.split('/')[1]
-    typer.echo(f'{len(fetch(hub, ref, folder, pattern))} files in {folder}')
+    typer.echo(f'{len(pull_output(hub, ref, folder, pattern))} files in {folder}')
 
 # %% ../../../nbs/8_console/08_remote.ipynb #d5832765
 def quota():
     "GPU hours of this week, used and left, and what the last runs took."
-    from underdog.kaggle.watch import ledger, quota as ask
-    q = ask(_hub())
+    from underdog.kaggle.ledger import gpu_quota, read_ledger
+    q = gpu_quota(_hub())
     print_table(f'GPU quota; it resets {q.resets}', ['', 'hours'], [
         ('used', f'{q.used:.2f}'),
         ('reserved by running sessions', f'{q.reserved:.2f}'),
@@ -215,7 +217,7 @@ def quota():
         ('of', f'{q.total:.2f}'),
     ])
     # the last ten runs that are over
-    spent = [entry for entry in ledger() if 'hours' in entry][-10:]
+    spent = [entry for entry in read_ledger() if 'hours' in entry][-10:]
     rows = [(e['kernel'], e.get('version'), e['time'], e.get('state', ''), f"{e['hours']:.2f}") for e in spent]
     if rows: print_table('ledger', ['kernel', 'version', 'when', 'state', 'hours'], rows)
 
@@ -232,11 +234,12 @@ def relay(
     wheels: WITH_WHEELS = True,
     poll: POLL = 15.,
 ):
-    """Train in as many sessions as it takes: push, wait, attach the output of the last as the input of the next, go on.
+    """Train in as many sessions as it takes: push, wait, attach the output of the last as the
+    input of the next, go on.
 
     May be interrupted and given again, here or elsewhere: Kaggle holds its state.
     Stops before the week's quota is exceeded and says when it resets."""
-    from underdog.kaggle.relay import relay as run_relay
+    from underdog.kaggle.relay import run_relay
     hub = _hub(poll)
     settings = _push_settings(hub, gpus, source, wheels, shape=shape, docker_image=docker_image)
     last = run_relay(hub, name, kernel, params(param), settings=settings, hours=hours, say=typer.echo)
@@ -264,11 +267,11 @@ def submit(
 
     Example: `underdog submit -p run=notebooks/me/underdog-relay-3/run
     -p test_csv=competitions/lmsys-chatbot-arena/test.csv -p base=models/…`"""
-    from underdog.kaggle.leaderboard import submit_kernel
+    from underdog.kaggle.leaderboard import SubmitConfig, commit_and_submit
     hub = _hub(poll)
     settings = _push_settings(hub, gpus, source, wheels, shape=shape, docker_image=docker_image)
-    _, scores, figure = submit_kernel(hub, competition, kernel, params(param), slug=slug, settings=settings,
-                                      sample=sample, message=message, say=typer.echo)
+    target = SubmitConfig(competition, sample, message)
+    _, scores, figure = commit_and_submit(hub, target, kernel, params(param), slug, settings, say=typer.echo)
     # every submission so far, held-out loss beside leaderboard
     names = ['kernel', 'version', 'cv', 'public', 'private', 'message']
     print_table('CV and leaderboard (log loss)', names, scores[names].itertuples(index=False))

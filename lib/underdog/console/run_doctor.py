@@ -9,7 +9,7 @@ __all__ = ['run_checks', 'kernel_checks']
 import numpy as np
 import pandas as pd
 
-from ..core import UserError, read_table, versions
+from ..core import read_table, versions
 from ..kernels import check_parameters, find_kernel, kernel_parameters
 from ..machine import resolve_input
 from ..runfolder import RunFolder, columns
@@ -19,7 +19,8 @@ from ..data.rows import TEXTS
 from ..text.heads import HEADS
 from ..training.checkpoint import Checkpoints
 from ..training.record import oof_losses
-from ..inference.job import InferConfig, Job, check_run, devices_of
+from ..inference.job import Job, check_run, devices_of
+from ..inference.settings import InferConfig
 from ..inference.workers import Workers
 from .doctor import Check, guarded
 

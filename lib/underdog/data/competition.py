@@ -8,8 +8,6 @@ __all__ = ['LMSYS', 'LLM_FINETUNING', 'WSDM', 'Competition', 'get_competition', 
 # %% ../../../nbs/1_data/00_competition.ipynb #d5f971a7
 from dataclasses import dataclass
 
-import numpy as np
-
 from ..core import UserError, nearest
 
 # %% ../../../nbs/1_data/00_competition.ipynb #75a58643

@@ -22,13 +22,13 @@ from ..data.competition import get_competition
 from ..data.floors import FLOORS, Floors
 from ..data.metrics import softmax
 from ..data.rows import read_rows
-from ..text.prompt import PromptConfig, Prompter, load_tokens, tokenize_rows
+from ..text.prompt import PromptConfig, Prompter
+from ..text.tokens import load_tokens, tokenize_rows
 from ..text.source import RowSource
-from ..model.attention import packing_of
+from ..model.planner import packing_of
 from ..model.merge import load_adapter, load_merged, merge
-from ..model.model import backbone_config, base_hash
+from ..model.backbone import backbone_config, base_hash
 from ..model.predict import orders_of, part_logits
-from .settings import InferConfig   # noqa: F401  moved
 
 # %% ../../../nbs/5_inference/01_job.ipynb #63dfcad0
 def check_run(run, cfg):

@@ -9,7 +9,7 @@ __all__ = ['InferConfig']
 from dataclasses import dataclass
 
 from ..core import Settings, UserError, nearest
-from ..model.model import CHOICES
+from ..model.settings import CHOICES
 
 # %% ../../../nbs/5_inference/00_settings.ipynb #b20487fa
 @dataclass(frozen=True)

@@ -158,9 +158,3 @@ def commit_and_submit(hub, target, kernel, given, slug='', settings=PushConfig()
     return ScoredSubmission(record, table, figure)
 
 def _score(text): return None if text in (None, '') else float(text)
-
-# %% ../../../nbs/7_kaggle/09_leaderboard.ipynb #8693e5eb
-# moved: until every room uses the new names
-def submit_kernel(hub, competition, kernel, given, slug='', settings=None, sample='', message='', say=print):
-    target = SubmitConfig(competition, sample, message)
-    return commit_and_submit(hub, target, kernel, given, slug=slug, settings=settings, say=say)

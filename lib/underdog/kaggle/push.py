@@ -245,8 +245,3 @@ def _checked_kernel(hub, ref, answer, settings, push_id):
         raise UserError(f'push {ref}: the kernel is public; make it private on its page')
     return Pushed(ref, version=metadata.current_version_number or number, id=push_id, url=url or '',
                   shape=metadata.machine_shape or '', image=metadata.docker_image or '')
-
-# %% ../../../nbs/7_kaggle/05_push.ipynb #6dd72837
-# moved: until every room uses the new names
-Push = PushConfig
-push = push_kernel

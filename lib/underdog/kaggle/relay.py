@@ -180,7 +180,3 @@ def _same_parameters(first, given, path):
         changes = '; '.join(f'{name}={given[name]!r} instead of {began.get(name)!r}' for name in other)
         raise UserError(f'{relay} runs with other parameters ({changes}); choose another name for a new training')
     return began
-
-# %% ../../../nbs/7_kaggle/08_relay.ipynb #d17d1e27
-# moved: until every room uses the new names
-relay = run_relay

@@ -217,13 +217,3 @@ def _log_text(log):
     "The log as it is read by people: Kaggle keeps a JSON list of events, or something else."
     try: return '\n'.join(log_lines(json.loads(log))) + '\n'
     except (ValueError, AttributeError): return log
-
-# %% ../../../nbs/7_kaggle/06_watch.ipynb #27b89555
-# moved: until every room uses the new names
-from underdog.kaggle.ledger import gpu_quota as quota, note_run as note, read_ledger as ledger
-
-follow = follow_log
-lines_of = log_lines
-look = kernel_state
-wait = wait_for_kernel
-pull = pull_output

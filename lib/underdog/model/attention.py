@@ -113,9 +113,3 @@ def register():
     AttentionInterface.register(_NAME, planned_attention)
     AttentionMaskInterface.register(_NAME, _mask)
     return _NAME
-
-# %% ../../../nbs/3_model/01_attention.ipynb #7a28fd1e
-def __getattr__(name):   # moved
-    from underdog.model import planner
-    if name in ('packing_of', 'attention_of', 'Planner'): return getattr(planner, name)
-    raise AttributeError(name)

@@ -126,9 +126,3 @@ def load_model(cfg, device='cpu', lora=True):
         head_source='seeded' if stored.state is None else 'checkpoint',
         base_hash=base_hash(path),
         planner=planner)
-
-# %% ../../../nbs/3_model/08_model.ipynb #3eb37306
-from .settings import CHOICES, ModelConfig   # moved
-from .backbone import backbone_config   # moved
-from .backbone import load_bitsandbytes as _load_bitsandbytes   # moved
-from .lora import layer_range, linear_layers, lora_targets   # moved

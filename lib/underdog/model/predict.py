@@ -14,7 +14,7 @@ from ..core import UserError
 from ..session import progress_bar
 from ..data.metrics import softmax
 from ..text.heads import HEADS
-from ..text.source import rank_share
+from ..text.bins import rank_share
 
 # %% ../../../nbs/3_model/11_predict.ipynb #dd25473d
 def _device(model): return next(model.head.parameters()).device

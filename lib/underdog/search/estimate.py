@@ -20,7 +20,6 @@ from .cost import forward_operations, hours, memory, train_hours, train_operatio
 from .lengths import LMSYS_ROWS, lmsys_lengths
 from .recipe import Recipe
 from .shapes import accelerator, accelerators, model_shape
-from .lengths import CHARS_PER_TOKEN, LENGTHS, PROMPT_SHARE, csv_lengths   # moved
 
 # %% ../../../nbs/6_search/04_estimate.ipynb #620691a6
 BATCHES = (16384, 12288, 8192, 6144, 4096, 3072, 2048, 1536, 1024, 512)

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from ..core import UserError, nearest
 from ..text.heads import HEADS
 from ..text.prompt import PromptConfig
-from ..model.model import CHOICES, ModelConfig, layer_range
+from ..model.lora import layer_range
+from ..model.settings import CHOICES, ModelConfig
 from ..training.settings import TrainConfig
-from ..inference.job import InferConfig
+from ..inference.settings import InferConfig
 
 # %% ../../../nbs/6_search/02_recipe.ipynb #7670fb5c
 @dataclass(frozen=True)

@@ -252,6 +252,3 @@ def plot_laws(points, n, by='rows'):
     ax.grid(alpha=.3)
     ax.legend(fontsize=8)
     return figure
-
-# %% ../../../nbs/6_search/10_scaling.ipynb #9cb7440c
-predict, compare = extrapolate, compare_settings   # moved

@@ -100,9 +100,3 @@ def _check_range(kernel, name, given):
     if not low < high: raise UserError(f'{name}: the range from {low:g} to {high:g} is empty')
     if log and low <= 0: raise UserError(f'{name}: a logarithmic range begins above 0')
     return dict(low=low, high=high, log=log)
-
-# %% ../../../nbs/6_search/06_sweep.ipynb #520098f7
-def __getattr__(name):   # moved
-    if name not in ('run_sweep', 'take_over'): raise AttributeError(name)
-    from underdog.search import trials
-    return getattr(trials, name)

@@ -18,7 +18,6 @@ from ..runfolder import RunFolder
 from ..kernels import find_kernel, kernel_parameters
 from .study import curves, folder_of, study_of, suggest, trials_of, trials_table
 from .sweep import Sweep
-from .sweep_figures import write_figures   # moved
 
 # %% ../../../nbs/6_search/08_trials.ipynb #ee8c274c
 def eval_losses(run):

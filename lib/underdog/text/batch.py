@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from .bins import padding_report, plan_batches  # moved
-
 # %% ../../../nbs/2_text/08_batch.ipynb #0bb3cf11
 @dataclass
 class Batch:

@@ -16,7 +16,6 @@ from .heads import HEADS
 from .template import TEMPLATE_VERSION, chat_pieces, pieces, plain_pieces
 from .tokenizer import (
     control_ids, encode_texts, is_encoder, load_tokenizer, newline_sign, tokenizer_hash)
-from .tokens import load_tokens, tokenize_rows  # moved
 from .truncate import Turn, fit_turns
 
 # %% ../../../nbs/2_text/04_prompt.ipynb #4969f023

@@ -10,7 +10,6 @@ import numpy as np
 
 from .batch import collate
 from .bins import pack_bins, pack_windows, plan_batches
-from .bins import rank_share  # moved
 from .heads import HEADS
 from .layout import row_layout, sequences
 from .pack import pack

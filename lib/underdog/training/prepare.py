@@ -20,8 +20,10 @@ from ..data.competition import get_competition
 from ..data.floors import FLOORS, Floors, best_floor, cross_predict
 from ..data.folds import labels_of, make_folds, prompt_groups
 from ..data.rows import TEXTS, data_hash, read_rows
-from ..text.prompt import PromptConfig, Prompter, tokenize_rows
-from ..model.model import base_hash, compute_dtype
+from ..text.prompt import PromptConfig, Prompter
+from ..text.tokens import tokenize_rows
+from ..model.backbone import base_hash
+from ..model.settings import compute_dtype
 from .checkpoint import Checkpoints
 from .settings import TrainConfig
 

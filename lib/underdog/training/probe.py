@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..session import progress_bar
-from ..text.source import rank_share
+from ..text.bins import rank_share
 
 # %% ../../../nbs/4_training/06_probe.ipynb #10fda24d
 @torch.no_grad()

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 
 from ..core import UserError
 from ..model.model import adapter_parameters, head_parameters
-from ..text.source import RowSource, present, rank_share
+from ..text.bins import rank_share
+from ..text.source import RowSource, present
 from .schedule import evaluation_steps, lr_factor, row_order, split_steps
 
 # %% ../../../nbs/4_training/02_step.ipynb #2070c25b

@@ -17,12 +17,14 @@ from ..session import Clock, Session, duration
 from ..process import run_worker
 from ..runfolder import RunFolder, columns
 from ..data.competition import get_competition
-from ..text.batch import padding_report, plan_batches
+from ..text.bins import padding_report, plan_batches
 from ..text.heads import HEADS
-from ..text.prompt import PromptConfig, Prompter, load_tokens
+from ..text.prompt import PromptConfig, Prompter
+from ..text.tokens import load_tokens
 from ..text.source import RowSource, present
 from ..model.memory import plan_memory
-from ..model.model import ModelConfig, load_model
+from ..model.model import load_model
+from ..model.settings import ModelConfig
 from .loop import fit, rehearse
 from .prepare import differences
 from .probe import start_from_probe
