@@ -5,8 +5,8 @@
 Two runs of SmolLM2 (its lower 4 and 2 layers) on generated rows, whose law gives the log loss without the noise of
 drawn labels. First without pressure: that is the full time. Then 100 %, 60 %, 30 % and 5 % of it, each also on a
 machine that becomes three times slower half-way: every worker is stopped for two of three tenths of a second, with
-SIGSTOP. The oracle reads rows in the same order, knows beforehand how fast the machine is and will be, wastes nothing on
-safety, and publishes in no time. The last line of output is JSON.
+SIGSTOP. The oracle reads rows in the same order, knows beforehand how fast the machine is and will be, wastes nothing
+on safety, and publishes in no time. The last line of output is JSON.
 """
 import argparse
 import contextlib

@@ -63,7 +63,7 @@ def real_lengths(file):
 
 
 def spread(sizes, k, rng):
-    "`k` positions spread evenly over the order of `sizes`: a sample with nearly the mean of all, another one each time."
+    "`k` positions spread evenly over the order of `sizes`: a sample with nearly the mean of all, a new one each time."
     order = np.argsort(sizes, kind='stable')
     return order[((np.arange(k) + rng.random())*len(order)/k).astype(int)]
 

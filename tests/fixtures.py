@@ -85,14 +85,14 @@ def predictions(run, test_csv, out, cfg=None):
     return pd.read_parquet(Path(out)/'predictions.parquet')
 
 
-def small_run(world, out, family='llama', head='pair', quantization='none', session=None, **changes):
+def small_run(world, out, family='llama', head='pair', quantization='none', dtype='auto', session=None, **changes):
     "A run with a tiny model on the rows of the folder `world`; `session`: fields of its `SessionConfig`."
     from underdog.session import SessionConfig
     from underdog.text.prompt import PromptConfig
     from underdog.model.settings import ModelConfig
     from underdog.training.run import train
     from underdog.training.settings import TrainConfig
-    model = ModelConfig(str(world/family), head=head, quantization=quantization, rank=4, dropout=0.)
+    model = ModelConfig(str(world/family), head=head, quantization=quantization, dtype=dtype, rank=4, dropout=0.)
     cfg = TrainConfig(**dict(n_folds=3, lr=1e-2, head_lr=1e-2, batch_rows=8) | changes)
     session = SessionConfig(**dict(processes=1) | (session or {}))
     return train(world/'train.csv', model, out, PromptConfig(max_length=128, min_keep=4), cfg=cfg, session=session)

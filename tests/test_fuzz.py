@@ -1,4 +1,5 @@
-"A run folder with any file broken in any way: one clear message or none, never a traceback, never a file left behind. (Broken csv files: test_data.py.)"
+"""A run folder with any file broken in any way: one clear message or none, never a traceback, never a file left behind.
+(Broken csv files: test_data.py.)"""
 import contextlib
 import io
 import json
@@ -45,12 +46,47 @@ def read_config(run):
 def read_status(run): run_checks(run, predict=False)
 
 
-READERS = {'config.json': read_config, 'status.json': read_status, 'metrics.jsonl': lambda run: (RunFolder(run).metrics(), RunFolder(run).cut_metrics(3)), 'oof.parquet': lambda run: gather_oof([RunFolder.open(run)]),
-           'floors/floors.json': lambda run: Floors.load(run/'floors'), 'floors/floors.safetensors': lambda run: Floors.load(run/'floors'), 'adapter/model.json': lambda run: load_adapter(run/'adapter'),
-           'adapter/head.safetensors': lambda run: load_adapter(run/'adapter'), 'adapter/adapter.safetensors': lambda run: load_adapter(run/'adapter'), 'blend.json': lambda run: Blend.load(run/'blend.json'),
-           'checkpoint/step-00000002.pt': lambda run: Checkpoints(run/'checkpoint').load()['step'] in (1, 2), 'checkpoint/step-00000002.json': lambda run: Checkpoints(run/'checkpoint').load()['step'] in (1, 2)}
+def read_metrics(run):
+    RunFolder(run).metrics()
+    RunFolder(run).cut_metrics(3)
 
-values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8), lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=4), x, max_size=3), max_leaves=6)
+
+def read_oof(run): gather_oof([RunFolder.open(run)])
+
+
+def read_floors(run): Floors.load(run/'floors')
+
+
+def read_adapter(run): load_adapter(run/'adapter')
+
+
+def read_blend(run): Blend.load(run/'blend.json')
+
+
+def read_checkpoint(run): return Checkpoints(run/'checkpoint').load()['step'] in (1, 2)
+
+
+READERS = {
+    'config.json': read_config,
+    'status.json': read_status,
+    'metrics.jsonl': read_metrics,
+    'oof.parquet': read_oof,
+    'floors/floors.json': read_floors,
+    'floors/floors.safetensors': read_floors,
+    'adapter/model.json': read_adapter,
+    'adapter/head.safetensors': read_adapter,
+    'adapter/adapter.safetensors': read_adapter,
+    'blend.json': read_blend,
+    'checkpoint/step-00000002.pt': read_checkpoint,
+    'checkpoint/step-00000002.json': read_checkpoint,
+}
+
+
+def lists_and_dicts(x): return st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=4), x, max_size=3)
+
+
+leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+values = st.recursive(leaves, lists_and_dicts, max_leaves=6)
 
 
 def survives(run, name):
@@ -70,17 +106,23 @@ def broken(run, name, content):
     finally: (run/name).write_bytes(whole)
 
 
-few = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+few = settings(
+    deadline=None,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+edit_lists = st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=4)), max_size=3)   # a place and what is put there
 
 
 @few
-@given(name=st.sampled_from(sorted(READERS)), cut=st.floats(0, 1), edits=st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=4)), max_size=3))
+@given(name=st.sampled_from(sorted(READERS)), cut=st.floats(0, 1), edits=edit_lists)
 @example('config.json', 0., [])
 @example('oof.parquet', 0., [])
 def test_cut_and_overwritten_files(patient, name, cut, edits):
     content = bytearray((patient/name).read_bytes())
     for at, put in edits: content[int(at*len(content)):int(at*len(content)) + len(put)] = put
-    with broken(patient, name, bytes(content) if edits else bytes(content[:int(cut*len(content))])): survives(patient, name)
+    if not edits: content = content[:int(cut*len(content))]
+    with broken(patient, name, bytes(content)): survives(patient, name)
 
 
 @few
@@ -89,7 +131,9 @@ def test_any_json_in_any_place(patient, name, value, data):
     found = read_json(patient/name)
     keys = data.draw(st.lists(st.sampled_from(sorted(found)), max_size=1))
     inner = found[keys[0]] if keys else None
-    if isinstance(inner, dict) and inner and data.draw(st.booleans()): found[keys[0]] = inner | {data.draw(st.sampled_from(sorted(inner))): value}
+    if isinstance(inner, dict) and inner and data.draw(st.booleans()):
+        key = data.draw(st.sampled_from(sorted(inner)))
+        found[keys[0]] = inner | {key: value}
     elif keys: found[keys[0]] = value
     else: found = value
     with broken(patient, name, json.dumps(found).encode()): survives(patient, name)
@@ -98,8 +142,9 @@ def test_any_json_in_any_place(patient, name, value, data):
 @few
 @given(line=st.text(max_size=30) | values.map(json.dumps))
 def test_any_line_in_the_metrics(patient, line):
-    with broken(patient, 'metrics.jsonl', (patient/'metrics.jsonl').read_bytes() + line.encode('utf-8', 'surrogatepass') + b'\n'):
-        survives(patient, 'metrics.jsonl')
+    whole = (patient/'metrics.jsonl').read_bytes()
+    added = line.encode('utf-8', 'surrogatepass') + b'\n'
+    with broken(patient, 'metrics.jsonl', whole + added): survives(patient, 'metrics.jsonl')
 
 
 @pytest.mark.parametrize('name', sorted(READERS))

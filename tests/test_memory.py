@@ -20,7 +20,9 @@ from underdog.model.settings import compute_dtype
 from underdog.training.settings import TrainConfig
 
 
-def gradients(model, batch): return [p.grad for p in adapter_parameters(backward(model, batch)) + head_parameters(model)]
+def gradients(model, batch):
+    backward(model, batch)
+    return [p.grad for p in adapter_parameters(model) + head_parameters(model)]
 
 
 @pytest.mark.parametrize('how', ['packed', 'padded'])

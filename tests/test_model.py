@@ -48,12 +48,12 @@ def make_batch(head='pair', rows=2, seed=0, swapped=None, pad_left=0, pad_right=
     return Batch(tokens, mask, pool, torch.tensor(read), rows=torch.arange(rows), swapped=swapped)
 
 
-def trained(cfg, seed=1):
+def trained(cfg, seed=1, device='cpu'):
     "A model with LoRA and head as if trained: every trainable value moved away from its start."
-    model = load_model(cfg)
+    model = load_model(cfg, device)
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in adapter_parameters(model) + head_parameters(model): p.normal_(0, .1, generator=g)
+        for p in adapter_parameters(model) + head_parameters(model): p.copy_(.1*torch.randn(p.shape, generator=g))
     return model.eval()
 
 
@@ -163,7 +163,13 @@ def test_targets_and_range(bases):
     assert lora_targets(bert, 'attention.output.dense', ':1') == ['encoder.layer.0.attention.output.dense']
 
 
-@pytest.mark.parametrize('text, layers', [('', range(10)), ('8:', [8, 9]), ('2:4', [2, 3]), ('-2:', [8, 9]), (':1', [0])])
+@pytest.mark.parametrize('text, layers', [
+    ('', range(10)),
+    ('8:', [8, 9]),
+    ('2:4', [2, 3]),
+    ('-2:', [8, 9]),
+    (':1', [0]),
+])
 def test_a_slice_of_layers(text, layers):
     assert list(layer_range(text, 10)) == list(layers)
 

@@ -70,7 +70,8 @@ def logits_and_gradients(model, batch):
     "Logits and adapter gradients in evaluation mode (BERT and DeBERTa have dropout)."
     model.eval().zero_grad()
     logits = model(batch)
-    (logits*torch.arange(1, logits.numel() + 1).view_as(logits)).sum().backward()
+    weights = torch.arange(1, logits.numel() + 1, device=logits.device).view_as(logits)
+    (logits*weights).sum().backward()
     return logits.detach(), [p.grad.clone() for p in adapter_parameters(model)]
 
 

@@ -31,38 +31,70 @@ def probabilities(table, prefix='p'): return table[[f'{prefix}_{c}' for c in LMS
 
 def test_kernels_from_train_csv_to_submission(world, tmp_path):
     "train, infer and blend run under papermill; the submission is valid and the report is one self-contained page."
-    run_kernel('train', dict(train_csv=str(world/'train.csv'), model=str(world/'llama'), out=str(tmp_path/'run'), max_length='128', n_folds='3', rank='4', lr='1e-3'), tmp_path)
-    run_kernel('infer', dict(run=str(tmp_path/'run'), test_csv=str(world/'test.csv'), out=str(tmp_path/'pred')), tmp_path)
-    done = run_kernel('blend', dict(runs=str(tmp_path/'run'), predictions=str(tmp_path/'pred'), sample_submission=str(world/'sample_submission.csv'), out=str(tmp_path)), tmp_path)
-    assert check_submission(tmp_path/'submission.csv', LMSYS, world/'sample_submission.csv') == 20
+    sample = world/'sample_submission.csv'
+    run_kernel('train', dict(
+        train_csv=str(world/'train.csv'),
+        model=str(world/'llama'),
+        out=str(tmp_path/'run'),
+        max_length='128',
+        n_folds='3',
+        rank='4',
+        lr='1e-3',
+    ), tmp_path)
+    run_kernel('infer', dict(
+        run=str(tmp_path/'run'),
+        test_csv=str(world/'test.csv'),
+        out=str(tmp_path/'pred'),
+    ), tmp_path)
+    done = run_kernel('blend', dict(
+        runs=str(tmp_path/'run'),
+        predictions=str(tmp_path/'pred'),
+        sample_submission=str(sample),
+        out=str(tmp_path),
+    ), tmp_path)
+    assert done == tmp_path/'blend.ipynb'
+    assert check_submission(tmp_path/'submission.csv', LMSYS, sample) == 20
     page = (tmp_path/'report.html').read_text()
     assert page.count('data:image/png') >= 6 and 'src="http' not in page
     scores = read_json(tmp_path/'scores.json')
     assert set(scores) >= {'prior', 'length', 'tfidf', 'model', 'tta', 'blend', 'rows'}
     run = RunFolder.open(tmp_path/'run')
-    assert run.status['state'] == 'finished' and run.config['train']['lr'] == 1e-3 and run.config['model']['quantization'] == 'nf4'
-    outputs = {n: [o for c in nbformat.read(tmp_path/f'{n}.ipynb', 4).cells for o in c.get('outputs', [])] for n in ('train', 'infer', 'blend')}
-    assert done == tmp_path/'blend.ipynb' and not any(o.output_type == 'error' for found in outputs.values() for o in found)
-    assert all(any('image/png' in o.get('data', {}) for o in found) for found in outputs.values())   # figures are seen, not named
+    assert run.status['state'] == 'finished'
+    assert run.config['train']['lr'] == 1e-3
+    assert run.config['model']['quantization'] == 'nf4'
+    for name in ('train', 'infer', 'blend'):
+        cells = nbformat.read(tmp_path/f'{name}.ipynb', 4).cells
+        outputs = [o for cell in cells for o in cell.get('outputs', [])]
+        assert not any(o.output_type == 'error' for o in outputs)
+        assert any('image/png' in o.get('data', {}) for o in outputs)   # figures are seen, not named
 
 
-@pytest.mark.parametrize('family,head,quantization,orders,start', [('llama', 'joint', 'int8', 'both', 'none'), ('bert', 'joint', 'none', 'random', 'floors'), pytest.param('deberta', 'pair', 'none', 'random', 'none', marks=slow)])
-def test_precisions_heads_and_backbones_train_and_obey_the_law_of_tta(world, tmp_path, family, head, quantization, orders, start):
+@pytest.mark.parametrize('family,head,quantization,orders,start', [
+    ('llama', 'joint', 'int8', 'both', 'none'),
+    ('bert', 'joint', 'none', 'random', 'floors'),
+    pytest.param('deberta', 'pair', 'none', 'random', 'none', marks=slow),
+])
+def test_precisions_heads_and_backbones_train_and_obey_the_law_of_tta(
+    world, tmp_path, family, head, quantization, orders, start,
+):
     "Every kind of run trains; predictions of the exchanged test file are the exchanged predictions."
     run = small_run(world, tmp_path/'run', family, head, quantization, orders=orders, start=start)
     metrics = run.metrics()
     assert np.isfinite(metrics['loss'].dropna()).all() and (metrics['grad_norm'].dropna() > 0).all()
     rows, _ = read_rows(world/'test.csv', labelled=False)
     write_rows(tmp_path/'swapped.csv', swap_rows(rows), LMSYS)
-    there, back = predictions(run.path, world/'test.csv', tmp_path/'o1'), predictions(run.path, tmp_path/'swapped.csv', tmp_path/'o2')
+    there = predictions(run.path, world/'test.csv', tmp_path/'o1')
+    back = predictions(run.path, tmp_path/'swapped.csv', tmp_path/'o2')
     assert there['id'].tolist() == rows['id'].tolist()
-    tolerance = 2e-2 if quantization == 'int8' else 1e-5   # int8 rounds by the largest value of a batch, which depends on the order
+    # int8 rounds by the largest value of a batch, which depends on the order
+    tolerance = 2e-2 if quantization == 'int8' else 1e-5
     np.testing.assert_allclose(probabilities(there), swap_probs(probabilities(back)), atol=tolerance)
     np.testing.assert_allclose(probabilities(there).sum(1), 1)
 
 
 def test_two_processes_make_the_run_of_one(world, finished, tmp_path):
-    "Under gloo with two processes, losses and held-out predictions equal those of a single process: rows are weighted, not batches."
+    """Under gloo with two processes, losses and held-out predictions equal those of a single process: rows are
+    weighted, not batches."""
     one, two = finished, small_run(world, tmp_path/'run', session=dict(processes=2))
     np.testing.assert_allclose(one.metrics()['loss'].dropna(), two.metrics()['loss'].dropna(), atol=2e-4)
     np.testing.assert_allclose(pd.read_parquet(one.oof_file)[P], pd.read_parquet(two.oof_file)[P], atol=2e-3)
@@ -70,12 +102,14 @@ def test_two_processes_make_the_run_of_one(world, finished, tmp_path):
 
 
 def test_two_machines_make_the_run_of_one(world, finished, tmp_path):
-    "The same command with its own run folder on each of two machines (here: twice on loopback) meets by rendezvous; both folders hold the whole run."
+    """The same command with its own run folder on each of two machines (here: twice on loopback) meets by rendezvous;
+    both folders hold the whole run."""
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         meet = f'127.0.0.1:{s.getsockname()[1]}'
+    session = dict(machines=2, rendezvous=meet)
     with ThreadPoolExecutor() as pool:
-        one, two = pool.map(lambda n: small_run(world, tmp_path/f'machine{n}', session=dict(machines=2, rendezvous=meet)), (1, 2))
+        one, two = pool.map(lambda n: small_run(world, tmp_path/f'machine{n}', session=session), (1, 2))
     for run in (one, two):
         np.testing.assert_allclose(finished.metrics()['loss'].dropna(), run.metrics()['loss'].dropna(), atol=2e-4)
         np.testing.assert_allclose(pd.read_parquet(finished.oof_file)[P], pd.read_parquet(run.oof_file)[P], atol=2e-3)
@@ -87,21 +121,26 @@ def test_two_machines_make_the_run_of_one(world, finished, tmp_path):
 def test_machines_with_different_settings_are_refused(world, finished, tmp_path):
     other = dict(finished.config, train=finished.config['train'] | dict(lr=.5), base_hash='another')
     same_everywhere([finished.config, finished.config])
-    with pytest.raises(UserError, match='do not train the same: base_hash, lr differ'): same_everywhere([finished.config, other])
-    with pytest.raises(UserError, match='10.0.0.5:29500'): small_run(world, tmp_path/'run', session=dict(machines=2))
+    with pytest.raises(UserError, match='do not train the same: base_hash, lr differ'):
+        same_everywhere([finished.config, other])
+    with pytest.raises(UserError, match='10.0.0.5:29500'):
+        small_run(world, tmp_path/'run', session=dict(machines=2))
 
 
 def test_little_memory_makes_the_same_run(world, finished, tmp_path):
     "What is computed twice for lack of memory changes no number."
     tight = small_run(world, tmp_path/'run', activation_gb=1e-6)
-    assert 'computed twice (' in (tight.path/'train.log').read_text() and 'no layer is computed twice' in (finished.path/'train.log').read_text()
+    assert 'computed twice (' in (tight.path/'train.log').read_text()
+    assert 'no layer is computed twice' in (finished.path/'train.log').read_text()
     assert finished.metrics()['loss'].dropna().tolist() == tight.metrics()['loss'].dropna().tolist()
     pd.testing.assert_frame_equal(pd.read_parquet(finished.oof_file), pd.read_parquet(tight.oof_file))
 
 
 def test_training_from_the_floors_begins_at_the_floor_and_infers_with_it(world, tmp_path):
-    "The first loss is that of the best floor on the first rows; held-out rows predicted as a test file give the held-out probabilities."
-    run = small_run(world, tmp_path/'run', quantization='nf4', start='floors', probe_rows=0)   # a probe would begin elsewhere
+    """The first loss is that of the best floor on the first rows; held-out rows predicted as a test file give the
+    held-out probabilities."""
+    # no probe: it would begin elsewhere
+    run = small_run(world, tmp_path/'run', quantization='nf4', start='floors', probe_rows=0)
     rows, best = pd.read_parquet(run.path/'rows.parquet'), run.config['best_floor']
     from underdog.training.schedule import row_order, split_steps
     first = np.flatnonzero(~rows['held'])[split_steps(row_order((~rows['held']).sum(), 1, 0), 8)[0]]
@@ -111,17 +150,22 @@ def test_training_from_the_floors_begins_at_the_floor_and_infers_with_it(world, 
     held = df[rows['held'].to_numpy()].reset_index(drop=True)
     write_rows(tmp_path/'held.csv', held, LMSYS)
     oof = pd.read_parquet(run.oof_file).set_index('id').loc[held['id']]
-    np.testing.assert_allclose(probabilities(predictions(run.path, tmp_path/'held.csv', tmp_path/'out')), oof[P], atol=1e-4)
+    predicted = predictions(run.path, tmp_path/'held.csv', tmp_path/'out')
+    np.testing.assert_allclose(probabilities(predicted), oof[P], atol=1e-4)
 
 
 def test_training_ids_are_inference_ids(world):
     "The tokens that training stored for a row are those that a prompter rebuilt from the run's config makes."
     df, _ = read_rows(world/'train.csv')
     labelled, bare = (Prompter(PromptConfig(max_length=128), str(world/'llama')) for _ in range(2))
-    for i in range(len(df)): assert labelled.segments(df.iloc[i]) == bare.segments(df.drop(columns=list(LMSYS.classes)).iloc[i])
+    unlabelled = df.drop(columns=list(LMSYS.classes))
+    for i in range(len(df)): assert labelled.segments(df.iloc[i]) == bare.segments(unlabelled.iloc[i])
 
 
-@pytest.mark.parametrize('change,message', [(dict(template_hash='x'), 'template'), (dict(base_hash='x'), 'not the base model')])
+@pytest.mark.parametrize('change,message', [
+    (dict(template_hash='x'), 'template'),
+    (dict(base_hash='x'), 'not the base model'),
+])
 def test_a_run_of_another_template_or_base_is_refused(world, finished, tmp_path, change, message):
     config = finished.config
     write_json(finished.config_file, config | change)
@@ -134,9 +178,11 @@ def test_a_run_of_another_template_or_base_is_refused(world, finished, tmp_path,
 def test_bad_input_stops_before_the_subprocess(world, finished, tmp_path):
     with pytest.raises(UserError, match='no such file'): predictions(finished.path, tmp_path/'none.csv', tmp_path/'out')
     with pytest.raises(UserError, match='not a run folder'): predictions(world, world/'test.csv', tmp_path/'out')
-    with pytest.raises(UserError, match='winner_'): train(world/'test.csv', ModelConfig(str(world/'llama'), quantization='none'), tmp_path/'run')
+    llama = ModelConfig(str(world/'llama'), quantization='none')
+    with pytest.raises(UserError, match='winner_'): train(world/'test.csv', llama, tmp_path/'run')
     (tmp_path/'empty').mkdir()
-    with pytest.raises(UserError): train(world/'train.csv', ModelConfig(str(tmp_path/'empty'), quantization='none'), tmp_path/'run')
+    no_model = ModelConfig(str(tmp_path/'empty'), quantization='none')
+    with pytest.raises(UserError): train(world/'train.csv', no_model, tmp_path/'run')
     assert not (tmp_path/'run').exists() and not (tmp_path/'out').exists()
 
 
@@ -159,10 +205,20 @@ def test_unknown_and_wrongly_typed_parameters_are_refused(tmp_path):
 def test_the_command_line_says_one_line_and_exits_1(world, tmp_path):
     (tmp_path/'bad.csv').write_text('id,prompt,response_a,response_b\n1,"[""x""","[""y""]","[""z""]"\n')
     command = [sys.executable, '-c', 'from underdog.console.main import main; main()']
-    for args in (['check', str(tmp_path/'bad.csv')], ['run', 'train', '-p', 'learning_rate=1', '--out', str(tmp_path/'o')], ['run', 'nothing'], ['show', str(world/'train.csv'), '--model', str(tmp_path)],
-                 ['submission', str(world/'train.csv'), '--sample', str(world/'sample_submission.csv')]):
-        done = subprocess.run([*command, *args], capture_output=True, text=True)
-        assert done.returncode == 1 and done.stderr.startswith('underdog: ') and 'Traceback' not in done.stderr, args
+
+    def underdog(*args): return subprocess.run([*command, *map(str, args)], capture_output=True, text=True)
+
+    for args in (
+        ['check', tmp_path/'bad.csv'],
+        ['run', 'train', '-p', 'learning_rate=1', '--out', tmp_path/'o'],
+        ['run', 'nothing'],
+        ['show', world/'train.csv', '--model', tmp_path],
+        ['submission', world/'train.csv', '--sample', world/'sample_submission.csv'],
+    ):
+        done = underdog(*args)
+        assert done.returncode == 1, args
+        assert done.stderr.startswith('underdog: '), args
+        assert 'Traceback' not in done.stderr, args
         assert len(done.stderr.strip().splitlines()) == 1
-    done = subprocess.run([*command, 'show', str(world/'train.csv'), '--model', str(world/'llama'), '--row', '2'], capture_output=True, text=True)
+    done = underdog('show', world/'train.csv', '--model', world/'llama', '--row', 2)
     assert done.returncode == 0 and 'sequence' in done.stdout.lower()

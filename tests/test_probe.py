@@ -56,7 +56,8 @@ def test_rows_of_one_prompt_stay_together():
     x, y, _ = draw(60, h=40)
     y = np.eye(3)[np.random.default_rng(1).integers(3, size=60)]
     copies = np.repeat(np.arange(60), 6)
-    apart, together = fit_probe(x[copies], y[copies], tie=TIE)[3], fit_probe(x[copies], y[copies], tie=TIE, groups=copies)[3]
+    apart = fit_probe(x[copies], y[copies], tie=TIE)[3]
+    together = fit_probe(x[copies], y[copies], tie=TIE, groups=copies)[3]
     assert apart < .8 and together > 1.05
 
 

@@ -88,8 +88,8 @@ KINDS = {
 
 @pytest.mark.parametrize('options', KINDS.values(), ids=KINDS)
 def test_resume_is_bit_equal_at_every_step(world, tmp_path, options):
-    """Stopped after any step and gone on with in a new model that knows only the checkpoint, a run has the losses, weights
-    and moments of one that was not stopped: packed, accumulated, with dropout."""
+    """Stopped after any step and gone on with in a new model that knows only the checkpoint, a run has the losses,
+    weights and moments of one that was not stopped: packed, accumulated, with dropout."""
     begin, recorder = beginner(world, **options), Losses()
     # not stopped
     whole, losses = begin(), recorder.losses
@@ -176,7 +176,8 @@ def check_same(run, other):
 
 
 def test_sigterm_pauses_and_sigkill_loses_only_what_was_not_saved(world, uninterrupted, tmp_path):
-    "SIGTERM: saved, paused, exit 0. SIGKILL of everything: the last checkpoint. Then the run is that of the uninterrupted one."
+    """SIGTERM: saved, paused, exit 0. SIGKILL of everything: the last checkpoint. Then the run is that of the
+    uninterrupted one."""
     import psutil
     run, kept = tmp_path/'run', Checkpoints(tmp_path/'run'/'checkpoint')
     # SIGTERM
@@ -234,8 +235,8 @@ def test_two_writers_one_is_refused(world, tmp_path):
 
 
 def test_another_session_goes_on_from_a_read_only_copy_with_other_processes(world, uninterrupted, tmp_path):
-    """Paused with one process, gone on with on another machine with two: the same run but for rounding, and the log says
-    so; the source is not touched."""
+    """Paused with one process, gone on with on another machine with two: the same run but for rounding, and the log
+    says so; the source is not touched."""
     # paused
     first = small_run(world, tmp_path/'first', epochs=6., session=dict(time_limit=1e-6))
     assert first.status['state'] == 'paused'
@@ -334,8 +335,8 @@ def test_a_run_stops_before_its_limit_with_a_checkpoint(world, uninterrupted, tm
 
 # ---- health
 def test_a_diverging_run_ends_early_and_goes_on_with_a_lower_rate(world, tmp_path):
-    """A learning rate far too high: ended with cause and remedy long before the last step; the same run goes on from its
-    last checkpoint when a person lowers the rate."""
+    """A learning rate far too high: ended with cause and remedy long before the last step; the same run goes on from
+    its last checkpoint when a person lowers the rate."""
     settings = dict(epochs=40., start='none')
     with pytest.raises(UserError, match='lr') as error:
         small_run(world, tmp_path/'run', lr=30., head_lr=30., session=dict(save_minutes=1e-4), **settings)

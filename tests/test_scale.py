@@ -85,7 +85,7 @@ def bowl(best, depth=.02, rates=RATES): return 1. + depth*np.log(rates/best)**2
 
 
 def cliff(best, gentle, steep, depth, lr):
-    "A valley as trainings have them: a slow fall to `best`, a fast rise beyond, and on either side a model that knows nothing."
+    "A valley as trainings have them: a slow fall to `best`, a fast rise beyond; at both ends, the model knows nothing."
     x = np.log(lr/best)
     return .8 + .25*np.tanh(depth*(steep*np.exp(-gentle*x) + gentle*np.exp(steep*x))/(gentle + steep)/.25)
 
@@ -137,7 +137,7 @@ Y, P = ['y_a', 'y_b', 'y_tie'], ['p_a', 'p_b', 'p_tie']
 
 
 def copy_of(finished, path, times=1, truth=0., **train):
-    "A copy of a run that says it learned from `times` the rows, with settings `train`; predictions are moved to the truth."
+    "A copy of a run that says it learned from `times` the rows, with settings `train`; predictions move to the truth."
     shutil.copytree(finished.path, path)
     run = RunFolder(path)
     pd.concat([run.rows()]*times).to_parquet(run.rows_file)

@@ -4,11 +4,19 @@ __version__ = "0.1.0"
 # The front door: what a student writes in a notebook. Each name is loaded when it is asked for (PEP 562), so that
 # `import underdog` costs nothing; the rooms behind it are imported by their own names.
 _DOORS = {
-    'read_rows': 'data.rows', 'Floors': 'data.floors', 'check_submission': 'data.submission',
-    'PromptConfig': 'text.prompt', 'show_row': 'text.prompt',
+    'read_rows': 'data.rows',
+    'Floors': 'data.floors',
+    'check_submission': 'data.submission',
+    'PromptConfig': 'text.prompt',
+    'show_row': 'text.prompt',
     'ModelConfig': 'model.settings',
-    'TrainConfig': 'training.settings', 'SessionConfig': 'session', 'train': 'training.run',
-    'RunFolder': 'runfolder', 'InferConfig': 'inference.settings', 'predict': 'inference.scored', 'Blend': 'inference.blend',
+    'TrainConfig': 'training.settings',
+    'SessionConfig': 'session',
+    'train': 'training.run',
+    'RunFolder': 'runfolder',
+    'InferConfig': 'inference.settings',
+    'predict': 'inference.scored',
+    'Blend': 'inference.blend',
     'make_plan': 'search.estimate',
 }
 __all__ = list(_DOORS)
