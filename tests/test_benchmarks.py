@@ -38,7 +38,7 @@ def test_a_sample_is_even():
 def test_ratios_are_paired_by_round():
     # the machine slows down; the ratio stays
     results = dict(ours=[(10, 1), (10, 2), (10, 4)], peer=[(10, 2), (10, 4), (10, 8)])
-    assert common.ratios(results, 'ours', 'peer') == dict(median=2, best=2, min=2, max=2)
+    assert common.ratios(results, 'ours', 'peer') == common.Ratio(median=2, best=2, min=2, max=2)
     seen = common.paired_rounds(dict(a=lambda i: (i + 1, 1.), b=lambda i: (2, 1.)), 3)
     assert seen == dict(a=[(1, 1.), (2, 1.), (3, 1.)], b=[(2, 1.)]*3)
 
@@ -110,7 +110,8 @@ def test_gpu_measures_what_it_says_on_a_cpu(name, kind, monkeypatch):
     heads = dict(num_key_value_heads=2, head_dim=16) if 'head_dim' in shape else {}
     monkeypatch.setitem(gpu.SHAPES, name, (model_type, shape | small | heads))
     lengths = np.array([[3, 9, 4], [5, 2, 8], [1, 1, 1], [6, 12, 20]])
-    model = gpu.build(*gpu.SHAPES[name], kind, 'joint', 'cpu', torch.float32).eval()
+    place = gpu.Place('cpu', torch.float32, 1e12)
+    model = gpu.build(name, kind, 'joint', place).eval()
 
     def logits(how):
         "The logits of each row, by its number."
@@ -119,7 +120,7 @@ def test_gpu_measures_what_it_says_on_a_cpu(name, kind, monkeypatch):
 
     packed, padded = logits('underdog'), logits('random')
     for r in packed: torch.testing.assert_close(packed[r], padded[r], rtol=1e-3, atol=3e-2 if kind == 'int8' else 1e-4)
-    rows = gpu.measure(name, kind, lengths, 1, 'cpu', torch.float32, 1e12)
+    rows = gpu.measure(name, kind, lengths, rounds=1, place=place)
     jobs = {(r['job'], r['how']) for r in rows}
     assert all(r['useful_tokens_per_s'] > 0 and r['share_of_ceiling'] > 0 for r in rows)
     assert ('infer', 'underdog') in jobs
