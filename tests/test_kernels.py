@@ -1,0 +1,130 @@
+"""What a step costs beside its matrix products: passes over memory and kernels, counted on the CPU.
+
+The fast path equals the plain one, and costs what it promises."""
+from collections import Counter
+
+import pytest
+import torch
+from fixtures import make_backbone
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from underdog.machine import quiet
+from underdog.model.backbone import load_backbone
+from underdog.model.lora import add_lora, merge_lora, without_lora
+from underdog.model.settings import ModelConfig
+
+
+class Kernels(TorchDispatchMode):
+    "Counts operations that write (no views) and the bytes of their results."
+    def __init__(self):
+        super().__init__()
+        self.names, self.written = Counter(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **kwargs or {})
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        if not is_view and func not in ALIASES:
+            self.names[str(func)] += 1
+            self.written += sum(t.nbytes for t in tree_leaves(results) if isinstance(t, torch.Tensor))
+        return results
+
+
+ALIASES = (torch.ops.aten._unsafe_view.default, torch.ops.aten._reshape_alias.default)
+
+
+# ---- LoRA
+
+@pytest.fixture(scope='module')
+def wide(tmp_path_factory):
+    "A backbone of width 256: beside it rank 4 is nothing."
+    quiet()
+    return make_backbone(tmp_path_factory.mktemp('wide'), hidden_size=256, intermediate_size=256)
+
+
+def lora_layer(base, quantization='none', half=False, dropout=0., seed=0):
+    "A linear layer with LoRA as if trained."
+    dtype = 'float16' if half else 'float32'
+    cfg = ModelConfig(str(base), rank=4, alpha=6, dropout=dropout, quantization=quantization, dtype=dtype,
+                      int8_threshold=0.)
+    layer = without_lora(add_lora(load_backbone(cfg), cfg)).layers[1].self_attn.o_proj
+    torch.manual_seed(seed)
+    with torch.no_grad(): layer.lora_B['default'].weight.normal_(0, .1)
+    return layer
+
+
+def forward_and_gradients(forward, layer, half, shape=(1, 48, 256)):
+    "{name: tensor}: output of `forward`, gradients of x, A and B."
+    torch.manual_seed(1)
+    x = torch.randn(shape, dtype=torch.float16 if half else torch.float32, requires_grad=True)
+    grad = torch.randn(shape, dtype=x.dtype)
+    weights = dict(A=layer.lora_A['default'].weight, B=layer.lora_B['default'].weight)
+    with torch.autocast('cpu', torch.float16, enabled=half): output = forward(x)
+    gradients = torch.autograd.grad(output, [x, *weights.values()], grad)
+    return dict(zip(('output', 'x', *weights), (output.detach(), *gradients)))
+
+
+def peft_forward(layer): return layer.forward.args[1]
+
+
+@pytest.mark.parametrize('dropout', [0., .5])
+@pytest.mark.parametrize('half', [False, True])
+@pytest.mark.parametrize('quantization', ['none', 'nf4', 'int8'])
+def test_lora_equals_pefts(wide, quantization, half, dropout):
+    layer = lora_layer(wide, quantization, half, dropout)
+    ours = forward_and_gradients(layer, layer, half)
+    pefts = forward_and_gradients(peft_forward(layer), layer, half)
+    tolerance = 1e-2 if half else 1e-6
+    for name, reference in pefts.items():
+        assert ours[name].dtype == reference.dtype
+        torch.testing.assert_close(ours[name], reference, rtol=tolerance, atol=tolerance*float(reference.abs().max()))
+
+
+def test_lora_of_an_input_without_gradient(wide):
+    "The lowest layer's: adapters learn, the frozen matrix has no backward pass."
+    layer = lora_layer(wide)
+    x = torch.randn(2, 5, 256)
+    with Kernels() as kernels: layer(x).sum().backward()
+    products = sum(n for name, n in kernels.names.items() if 'mm' in name)
+    assert products == 3 + 3   # W, A, B; then B's gradient, h's and A's
+    assert layer.lora_A['default'].weight.grad.abs().max() > 0
+
+
+def test_lora_that_is_off_merged_or_another_is_pefts(wide):
+    x = torch.randn(2, 5, 256)
+    with torch.no_grad():
+        layer = lora_layer(wide)
+        on, base = layer(x), layer.base_layer(x)
+        layer.enable_adapters(False)
+        assert torch.equal(layer(x), base)
+        layer.enable_adapters(True)
+        assert torch.equal(layer(x), on)
+        layer.merge()
+        torch.testing.assert_close(layer(x), on, rtol=1e-5, atol=1e-5)
+        layer.unmerge()
+        layer.set_adapter([])
+        assert torch.equal(layer(x), layer.base_layer(x))
+
+
+def test_merged_lora_equals_lora(wide):
+    cfg = ModelConfig(str(wide), rank=4, quantization='none')
+    model, x = add_lora(load_backbone(cfg), cfg), torch.randint(10, 99, (1, 12))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if 'lora_B' in name: p.normal_(0, .1)
+        apart = model(x).last_hidden_state
+        torch.testing.assert_close(merge_lora(model)(x).last_hidden_state, apart, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('quantization', ['none', 'nf4', 'int8'])
+def test_lora_writes_a_third_of_what_pefts_writes(wide, monkeypatch, quantization):
+    "In half precision, forward and backward, beside what the frozen layer writes. (peft: 6 to 12 outputs, we 2.)"
+    # peft asks whether autocast is on for CUDA; on the card it would be
+    enabled = torch.is_autocast_enabled
+    monkeypatch.setattr(torch, 'is_autocast_enabled', lambda kind='cpu': enabled(kind))
+    layer, shape, written = lora_layer(wide, quantization, half=True), (1, 1024, 256), {}
+    for name, forward in dict(ours=layer, peft=peft_forward(layer), frozen=layer.base_layer).items():
+        x = torch.randn(shape, dtype=torch.float16, requires_grad=True)
+        with Kernels() as kernels, torch.autocast('cpu', torch.float16): forward(x).sum().backward()
+        written[name] = kernels.written
+    assert written['ours'] - written['frozen'] <= (written['peft'] - written['frozen'])/3
