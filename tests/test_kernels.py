@@ -2,17 +2,26 @@
 
 The fast path equals the plain one, and costs what it promises."""
 from collections import Counter
+from types import SimpleNamespace
 
+import datasets
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from fixtures import make_backbone
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from test_packing import prompter
 
 from underdog.machine import quiet
+from underdog.model.attention import planned_attention
 from underdog.model.backbone import load_backbone
 from underdog.model.lora import add_lora, merge_lora, without_lora
+from underdog.model.model import load_model
 from underdog.model.settings import ModelConfig
+from underdog.text.pack import Keys, Plan, Span
+from underdog.text.source import RowSource
 
 
 class Kernels(TorchDispatchMode):
@@ -128,3 +137,67 @@ def test_lora_writes_a_third_of_what_pefts_writes(wide, monkeypatch, quantizatio
         with Kernels() as kernels, torch.autocast('cpu', torch.float16): forward(x).sum().backward()
         written[name] = kernels.written
     assert written['ours'] - written['frozen'] <= (written['peft'] - written['frozen'])/3
+
+
+# ---- attention
+
+def attention_and_gradients(spans, tokens, groups=1, seed=0):
+    "(output, gradients of q, k and v, `Kernels` of the backward pass) of planned attention."
+    plan = Plan(spans, np.arange(tokens), cache=dict(inv_freq=torch.tensor([1., .1, .01, .001])))
+    torch.manual_seed(seed)
+    q, k, v = (torch.randn(1, heads, tokens, 8, requires_grad=True) for heads in (4, 4//groups, 4//groups))
+    output, _ = planned_attention(SimpleNamespace(), q, k, v, None, plan)
+    with Kernels() as kernels: gradients = torch.autograd.grad(output.square().sum(), [q, k, v])
+    return output.detach(), gradients, kernels
+
+
+@pytest.mark.parametrize('groups', [1, 2])
+def test_attention_of_spans_that_see_others_equals_a_mask(groups):
+    "A prompt, two answers that see it, a row that stands alone; against one call with a T x T mask."
+    spans = [Span(0, 4), Span(4, 9, (Keys(0, 4),), at=4), Span(9, 12, (Keys(0, 4),), at=9), Span(12, 20, at=12)]
+    output, gradients, _ = attention_and_gradients(spans, 20, groups)
+    mask = torch.zeros(20, 20, dtype=torch.bool)
+    for span in spans:
+        for start, end, _ in (*span.sees, Keys(span.start, span.end)): mask[span.start:span.end, start:end] = True
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 20, 8, requires_grad=True) for heads in (4, 4//groups, 4//groups))
+    wide = (x.repeat_interleave(groups, 1) for x in (k, v))
+    whole = F.scaled_dot_product_attention(q, *wide, mask.tril()).transpose(1, 2)
+    torch.testing.assert_close(output, whole, rtol=1e-5, atol=1e-6)
+    reference = torch.autograd.grad(whole.square().sum(), [q, k, v])
+    for ours, theirs in zip(gradients, reference): torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('prompt', [0, 8])
+def test_the_backward_pass_writes_no_more_for_more_spans(prompt):
+    """4 spans or 32 of the same row, alone or behind a prompt: but for the keys that are seen again.
+
+    (The backward pass of a slice writes a gradient of the whole row.)"""
+    tokens, written = 1024, {}
+    for n in (4, 32):
+        edges = np.linspace(prompt, tokens, n + 1).astype(int).tolist()
+        sees = (Keys(0, prompt),) if prompt else ()
+        spans = [Span(start, end, sees, at=start) for start, end in zip(edges, edges[1:])]
+        if prompt: spans.insert(0, Span(0, prompt))
+        written[n] = attention_and_gradients(spans, tokens)[2].written
+    # gradients of the keys and values that are seen again, then a sum: three times each
+    assert written[32] - written[4] <= 28*6*(4*prompt*8*4)
+
+
+# ---- DeBERTa
+
+def short_rows(n, seed=0):
+    "`n` rows of some 20 to 60 tokens."
+    rng = np.random.default_rng(seed)
+    def row(): return {name: rng.integers(10, 128, rng.integers(6, 20)).tolist() for name in ('prompt', 'a', 'b')}
+    return datasets.Dataset.from_list([row() for _ in range(n)])
+
+
+def test_a_step_of_deberta_with_short_rows_has_at_most_twice_the_kernels_of_a_padded_one(bases):
+    model = load_model(ModelConfig(str(bases['deberta']), rank=4, quantization='none')).train()
+    counted = {}
+    for packing in (model.packing, ''):
+        batch = RowSource(short_rows(30), prompter('pair'), packing).batch([(row, False) for row in range(30)])
+        with Kernels() as kernels: model(batch).square().sum().backward()
+        counted[packing] = sum(kernels.names.values())
+    assert counted['bidirectional'] <= 2*counted['']
