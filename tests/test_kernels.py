@@ -9,14 +9,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fixtures import make_backbone
+from fixtures import FAMILIES, family_config, make_backbone
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from test_packing import prompter
+from test_model import trained
+from test_packing import both_ways, logits_and_gradients, prompter
+from transformers import AutoModel
 
 from underdog.machine import quiet
+from underdog.model import disentangled
 from underdog.model.attention import planned_attention
 from underdog.model.backbone import load_backbone
+from underdog.model.disentangled import plan_deberta, span_groups
 from underdog.model.lora import add_lora, merge_lora, without_lora
 from underdog.model.model import load_model
 from underdog.model.settings import ModelConfig
@@ -51,12 +57,12 @@ def wide(tmp_path_factory):
     return make_backbone(tmp_path_factory.mktemp('wide'), hidden_size=256, intermediate_size=256)
 
 
-def lora_layer(base, quantization='none', half=False, dropout=0., seed=0):
+def lora_layer(base, quantization='none', half=False, dropout=0., seed=0, device='cpu'):
     "A linear layer with LoRA as if trained."
     dtype = 'float16' if half else 'float32'
     cfg = ModelConfig(str(base), rank=4, alpha=6, dropout=dropout, quantization=quantization, dtype=dtype,
                       int8_threshold=0.)
-    layer = without_lora(add_lora(load_backbone(cfg), cfg)).layers[1].self_attn.o_proj
+    layer = without_lora(add_lora(load_backbone(cfg, device), cfg)).layers[1].self_attn.o_proj
     torch.manual_seed(seed)
     with torch.no_grad(): layer.lora_B['default'].weight.normal_(0, .1)
     return layer
@@ -65,10 +71,11 @@ def lora_layer(base, quantization='none', half=False, dropout=0., seed=0):
 def forward_and_gradients(forward, layer, half, shape=(1, 48, 256)):
     "{name: tensor}: output of `forward`, gradients of x, A and B."
     torch.manual_seed(1)
-    x = torch.randn(shape, dtype=torch.float16 if half else torch.float32, requires_grad=True)
-    grad = torch.randn(shape, dtype=x.dtype)
     weights = dict(A=layer.lora_A['default'].weight, B=layer.lora_B['default'].weight)
-    with torch.autocast('cpu', torch.float16, enabled=half): output = forward(x)
+    device = weights['A'].device
+    x, grad = torch.randn(2, *shape, device=device, dtype=torch.float16 if half else torch.float32)
+    x.requires_grad_()
+    with torch.autocast(device.type, torch.float16, enabled=half): output = forward(x)
     gradients = torch.autograd.grad(output, [x, *weights.values()], grad)
     return dict(zip(('output', 'x', *weights), (output.detach(), *gradients)))
 
@@ -76,11 +83,15 @@ def forward_and_gradients(forward, layer, half, shape=(1, 48, 256)):
 def peft_forward(layer): return layer.forward.args[1]
 
 
+no_card = pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
+
+
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda:0', marks=no_card)])
 @pytest.mark.parametrize('dropout', [0., .5])
 @pytest.mark.parametrize('half', [False, True])
 @pytest.mark.parametrize('quantization', ['none', 'nf4', 'int8'])
-def test_lora_equals_pefts(wide, quantization, half, dropout):
-    layer = lora_layer(wide, quantization, half, dropout)
+def test_lora_equals_pefts(wide, quantization, half, dropout, device):
+    layer = lora_layer(wide, quantization, half, dropout, device=device)
     ours = forward_and_gradients(layer, layer, half)
     pefts = forward_and_gradients(peft_forward(layer), layer, half)
     tolerance = 1e-2 if half else 1e-6
@@ -193,6 +204,68 @@ def short_rows(n, seed=0):
     return datasets.Dataset.from_list([row() for _ in range(n)])
 
 
+def states_and_gradients(model, ids):
+    "States of `ids` (1, T), gradients of every weight."
+    states = model(ids).last_hidden_state[0]
+    weights = [p for p in model.parameters() if p.requires_grad]
+    loss = (states*torch.linspace(-1, 1, states.shape[-1])).sum()
+    return states.detach(), torch.autograd.grad(loss, weights, allow_unused=True)
+
+
+@pytest.mark.parametrize('padded', [0, 2**16])
+@pytest.mark.parametrize('terms', [['c2p'], ['p2c'], ['p2c', 'c2p'], []])
+def test_deberta_by_plan_equals_each_sequence_alone(monkeypatch, terms, padded):
+    "Whatever terms it has, and whether spans of unlike length share a call or not; longer than near positions reach."
+    monkeypatch.setattr(disentangled, '_PADDED_SCORES', padded)
+    changes = dict(position_buckets=4, max_position_embeddings=16, pos_att_type=terms, relative_attention=bool(terms))
+    torch.manual_seed(0)
+    model = AutoModel.from_config(family_config('deberta', **changes), attn_implementation='eager').eval()
+    lengths = [7, 40, 12, 7, 1]
+    sequences = [torch.randint(10, 99, (1, n)) for n in lengths]
+    edges = np.cumsum([0, *lengths]).tolist()
+    plan = Plan([Span(*ends) for ends in zip(edges, edges[1:])], np.arange(edges[-1]))
+    alone = [states_and_gradients(model, ids) for ids in sequences]
+    plan_deberta(model).plan = plan
+    states, gradients = states_and_gradients(model, torch.cat(sequences, 1))
+    assert len(plan.cache['groups'].groups) == (1 if padded else 4)
+    torch.testing.assert_close(states, torch.cat([x for x, _ in alone]), rtol=1e-5, atol=2e-6)
+    for weight, *of_each in zip(gradients, *(x for _, x in alone)):
+        if weight is None: continue
+        reference = sum(of_each)
+        torch.testing.assert_close(weight, reference, rtol=1e-4, atol=1e-5*max(1, float(reference.abs().max())))
+
+
+@given(lengths=st.lists(st.integers(1, 600), min_size=1, max_size=40))
+def test_every_token_has_a_slot_and_padding_is_bounded(lengths):
+    edges = np.cumsum([0, *lengths]).tolist()
+    plan = Plan([Span(*ends) for ends in zip(edges, edges[1:])], np.arange(edges[-1]))
+    tokens, slots, groups = span_groups(plan, 'cpu')
+    assert tokens[slots].tolist() == list(range(edges[-1]))
+    assert len(tokens) == sum(group.spans*group.length for group in groups)
+    real = torch.cat([~group.padding.flatten() for group in groups])
+    assert sorted(tokens[real].tolist()) == list(range(edges[-1]))
+    for group in groups:
+        scores = (~group.padding).sum(-1).square().sum()
+        rounding = group.length**2 - (group.length - 7)**2
+        assert group.spans*group.length**2 - scores <= 2**16 + group.spans*rounding
+
+
+def test_relative_positions_are_made_once(monkeypatch):
+    "For all layers, and for every later step without a longer span."
+    from transformers.models.deberta_v2 import modeling_deberta_v2 as theirs
+    made, build = [], theirs.build_relative_position
+    def counted(queries, *args, **kwargs):
+        made.append(len(queries))
+        return build(queries, *args, **kwargs)
+    monkeypatch.setattr(theirs, 'build_relative_position', counted)
+    model = AutoModel.from_config(family_config('deberta'), attn_implementation='eager').eval()
+    holder = plan_deberta(model)
+    for length in (20, 12, 24, 30):
+        holder.plan = Plan([Span(0, length)], np.arange(length))
+        with torch.no_grad(): model(torch.randint(10, 99, (1, length)))
+    assert made == [24, 32]
+
+
 def test_a_step_of_deberta_with_short_rows_has_at_most_twice_the_kernels_of_a_padded_one(bases):
     model = load_model(ModelConfig(str(bases['deberta']), rank=4, quantization='none')).train()
     counted = {}
@@ -201,3 +274,15 @@ def test_a_step_of_deberta_with_short_rows_has_at_most_twice_the_kernels_of_a_pa
         with Kernels() as kernels: model(batch).square().sum().backward()
         counted[packing] = sum(kernels.names.values())
     assert counted['bidirectional'] <= 2*counted['']
+
+
+@no_card
+@pytest.mark.parametrize('family', FAMILIES)
+def test_packed_equals_padded_on_a_card(bases, family):
+    "In half precision, LoRA, spans and groups on the card's own kernels."
+    model = trained(ModelConfig(str(bases[family]), rank=4, dtype='float16', quantization='none'), device='cuda:0')
+    batches = (batch.to('cuda:0') for batch in both_ways(model, 'pair', longest=60))
+    (logits, gradients), (reference, reference_gradients) = (logits_and_gradients(model, batch) for batch in batches)
+    torch.testing.assert_close(logits, reference, rtol=2e-2, atol=2e-2)
+    for ours, theirs in zip(gradients, reference_gradients):
+        assert torch.cosine_similarity(ours.flatten(), theirs.flatten(), 0) > .999 or theirs.abs().max() < 1e-3

@@ -48,10 +48,10 @@ def make_batch(head='pair', rows=2, seed=0, swapped=None, pad_left=0, pad_right=
     return Batch(tokens, mask, pool, torch.tensor(read), rows=torch.arange(rows), swapped=swapped)
 
 
-def trained(cfg, seed=1):
+def trained(cfg, seed=1, device='cpu'):
     "A model with LoRA and head as if trained: every trainable value moved away from its start."
-    model = load_model(cfg)
-    g = torch.Generator().manual_seed(seed)
+    model = load_model(cfg, device)
+    g = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for p in adapter_parameters(model) + head_parameters(model): p.normal_(0, .1, generator=g)
     return model.eval()

@@ -40,7 +40,7 @@ class _Groups(NamedTuple):
     slots: torch.Tensor    # (T,) the slot of each token
     groups: list           # of `_Group`
 
-def _groups_of(plan, device):
+def span_groups(plan, device):
     "The `_Groups` of `plan`: made once, used by every layer."
     if 'groups' not in plan.cache:
         edges = np.array([(span.start, span.end) for span in plan.spans])
@@ -116,7 +116,7 @@ def _disentangled(attn, whole, holder, hidden, *args, rel_embeddings=None, **kwa
     "DeBERTa-v2's self-attention by the holder's plan; without one, the `whole` module."
     if holder.plan is None: return whole(hidden, *args, rel_embeddings=rel_embeddings, **kwargs)
     # projections of the whole row, then in the slots of the groups
-    tokens, slots, groups = _groups_of(holder.plan, hidden.device)
+    tokens, slots, groups = span_groups(holder.plan, hidden.device)
     projections = attn.query_proj, attn.key_proj, attn.value_proj
     q, k, v = (_heads(attn, project(hidden[0]).index_select(0, tokens)) for project in projections)
     # a score is a sum of up to three products, hence the scale
