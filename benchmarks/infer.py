@@ -71,8 +71,8 @@ def predict_packed(model, tokens, head='joint', orders=(False,)):
 
 def operations(run):
     "Floating-point operations of `run`."
-    from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as counter, attention_as_products(): run()
+    from benchmarks.common import operation_counter
+    with operation_counter() as counter, attention_as_products(): run()
     return counter.get_total_flops()
 
 

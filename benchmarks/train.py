@@ -110,8 +110,8 @@ class Operations:
 
 def counted(step):
     "The `Operations` of what `step` computes."
-    from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as counter, attention_as_products(): step()
+    from benchmarks.common import operation_counter
+    with operation_counter() as counter, attention_as_products(): step()
     # attention is batched products, which the layers' own are not
     by_kind = {str(kind): n for kind, n in counter.get_flop_counts()['Global'].items()}
     attention = sum(n for kind, n in by_kind.items() if 'bmm' in kind)

@@ -6,6 +6,8 @@
 __all__ = ['rotate', 'planned_attention', 'register']
 
 # %% ../../../nbs/3_model/01_attention.ipynb #d6a4db43
+from typing import NamedTuple
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -68,13 +70,55 @@ def span_mask(span, plan, window, causal, device):
     return plan.cache[span], False
 
 # %% ../../../nbs/3_model/01_attention.ipynb #448c8cf2
-def _seen_and_own(key, value, span, plan):
-    "(keys, values) (1, H, n, D) that the queries of `span` attend to: those it sees, moved on, then its own."
-    own = slice(span.start, span.end)
-    if not span.sees: return key[:, :, own], value[:, :, own]
-    keys = [_move(key[:, :, first:end], moved, plan) for first, end, moved in span.sees]
-    values = [value[:, :, first:end] for first, end, _ in span.sees]
-    return torch.cat([*keys, key[:, :, own]], 2), torch.cat([*values, value[:, :, own]], 2)
+class _Pieces(NamedTuple):
+    "How the keys of all spans are put together from pieces of the packed row."
+    cuts: list     # lengths of the pieces, which cover the row
+    order: list    # (piece, moved) of every key of every span, a span after the other
+    queries: list  # number of queries of each span
+    keys: list     # number of keys of each span
+
+def _pieces(plan):
+    "The `_Pieces` of `plan`: made once, used by every layer."
+    if 'pieces' not in plan.cache:
+        ranges = [[*span.sees, (span.start, span.end, 0)] for span in plan.spans]
+        # the row is cut wherever a range begins or ends
+        edges = {edge for of_span in ranges for start, end, _ in of_span for edge in (start, end)}
+        edges = sorted(edges | {0, len(plan.positions)})
+        number = {edge: i for i, edge in enumerate(edges)}
+        plan.cache['pieces'] = _Pieces(
+            cuts=np.diff(edges).tolist(),
+            order=[(i, moved) for of_span in ranges for start, end, moved in of_span
+                   for i in range(number[start], number[end])],
+            queries=[span.end - span.start for span in plan.spans],
+            keys=[sum(end - start for start, end, _ in of_span) for of_span in ranges])
+    return plan.cache['pieces']
+
+def _gather(x, plan, turn=False):
+    """Keys or values `x` (1, H, T, D) of all tokens -> (1, H, N, D): what the first span attends to, then the second, …
+
+    `turn`: they are keys, and turned on by as much as they are moved."""
+    pieces = _pieces(plan)
+    if pieces.order == [(i, 0) for i in range(len(pieces.cuts))]: return x   # every token once, in order
+    parts = x.split(pieces.cuts, 2)
+    return torch.cat([_move(parts[i], moved, plan) if turn else parts[i] for i, moved in pieces.order], 2)
+
+# %% ../../../nbs/3_model/01_attention.ipynb #c6e96af6
+def _attend_spans(q, k, v, plan, window, causal, **settings):
+    """Attention (1, H, Q, D) of the queries `q` (1, H, Q, D) of all spans of `plan`.
+
+    `k`, `v` (1, G, T, D): of all tokens, in groups of heads. `settings` are SDPA's: dropout_p, scale."""
+    pieces = _pieces(plan)
+    k, v = _gather(k, plan, turn=True), _gather(v, plan)
+    # the memory-efficient kernel has no grouped queries
+    groups = q.shape[1]//k.shape[1]
+    if groups > 1: k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    # a call for each span
+    of_spans = zip(plan.spans, q.split(pieces.queries, 2), k.split(pieces.keys, 2), v.split(pieces.keys, 2))
+    outputs = []
+    for span, *qkv in of_spans:
+        mask, is_causal = span_mask(span, plan, window=window, causal=causal, device=q.device)
+        outputs.append(F.scaled_dot_product_attention(*qkv, mask, is_causal=is_causal, **settings))
+    return torch.cat(outputs, 2)
 
 def planned_attention(module, query, key, value, attention_mask, plan=None, **settings):
     """Attention of `query` (1, H, T, D) by `plan`; without one, transformers' SDPA attention with `attention_mask`.
@@ -87,17 +131,9 @@ def planned_attention(module, query, key, value, attention_mask, plan=None, **se
     window = settings.get('sliding_window')
     dropout = settings.get('dropout', 0.)
     scale = settings.get('scaling')
-    groups = query.shape[1]//key.shape[1]
-    outputs = []
-    for span in plan.spans:
-        q = query[:, :, span.at:span.at + span.end - span.start]
-        k, v = _seen_and_own(key, value, span, plan)
-        # the memory-efficient kernel has no grouped queries
-        if groups > 1: k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        mask, is_causal = span_mask(span, plan, window=window, causal=causal, device=key.device)
-        output = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=is_causal, scale=scale)
-        outputs.append(output)
-    return torch.cat(outputs, 2).transpose(1, 2), None
+    # one span after the other
+    how = dict(window=window, causal=causal, dropout_p=dropout, scale=scale)
+    return _attend_spans(query, key, value, plan, **how).transpose(1, 2), None
 
 # %% ../../../nbs/3_model/01_attention.ipynb #586d390a
 _NAME = 'underdog'   # of the attention in a transformers config

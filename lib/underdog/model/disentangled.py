@@ -10,73 +10,132 @@ import math
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 # %% ../../../nbs/3_model/03_disentangled.ipynb #6cb11500
-class _Positions(NamedTuple):
-    "Projections of the relative positions, (H, 2·span, D) each, or None where a model does without the term."
-    keys: torch.Tensor      # content-to-position: a query meets them
-    queries: torch.Tensor   # position-to-content: a key meets them
+_PADDED_SCORES = 2**16   # of a group at most: of 16 heads in fp16, written and read ten times, .16 ms of a T4's memory
 
-def _positions(attn, rel_embeddings):
-    "The `_Positions` of one layer; None for a model without relative attention."
-    if not attn.relative_attention: return None
-    states = attn.pos_dropout(rel_embeddings)[None, :2*attn.pos_ebd_size]
-    keys = queries = None
-    # v3 shares the projections of the content, v2 may have its own
-    if 'c2p' in attn.pos_att_type:
-        keys = _heads(attn, attn.key_proj if attn.share_att_key else attn.pos_key_proj, states)
-    if 'p2c' in attn.pos_att_type:
-        queries = _heads(attn, attn.query_proj if attn.share_att_key else attn.pos_query_proj, states)
-    return _Positions(keys, queries)
+def _grouped(lengths):
+    "Indices of spans of these `lengths` in groups, longest first."
+    groups, padded = [], 0
+    for i in np.argsort(-lengths, kind='stable'):
+        if groups: padded += lengths[groups[-1][0]]**2 - lengths[i]**2
+        if not groups or padded > _PADDED_SCORES:
+            groups.append([])
+            padded = 0
+        groups[-1].append(i)
+    return groups
 
-def _heads(attn, project, states):
-    "(H, T, D) of projected `states` (1, T, h)."
-    return attn.transpose_for_scores(project(states), attn.num_attention_heads)
+class _Group(NamedTuple):
+    "Spans that attend in one call."
+    spans: int              # how many
+    length: int             # of the longest, a multiple of 8: SDPA takes such a bias as it lies
+    padding: torch.Tensor   # (spans, 1, 1, length) bool: no key there
 
-def _bias(attn, q, k, positions, scale):
-    """Position terms (H, n, n) of one sequence with queries `q` and keys `k` (H, n, D).
+class _Groups(NamedTuple):
+    "The tokens of a packed row in P slots, group after group."
+    tokens: torch.Tensor   # (P,) the token in each slot, in padding the last of its span
+    slots: torch.Tensor    # (T,) the slot of each token
+    groups: list           # of `_Group`
 
-    query content · position key + key content · position query (He et al. 2021, eq. 4)."""
-    from transformers.models.deberta_v2.modeling_deberta_v2 import build_relative_position
-    # how far apart tokens are: exact when near, in buckets when far
-    size = attn.pos_ebd_size
-    buckets = dict(bucket_size=attn.position_buckets, max_position=attn.max_relative_positions)
-    distance = build_relative_position(q, k, **buckets).to(q.device)
-    def index(distance): return (distance + size).clamp(0, 2*size - 1).expand(len(q), -1, -1)
-    # the terms that this model has
-    bias = 0
-    if positions.keys is not None: bias = torch.gather(q @ positions.keys.mT, -1, index(distance))/scale
-    if positions.queries is not None:
-        bias = bias + torch.gather(k @ positions.queries.mT, -1, index(-distance)).mT/scale
-    return bias
+def span_groups(plan, device):
+    "The `_Groups` of `plan`: made once, used by every layer."
+    if 'groups' not in plan.cache:
+        edges = np.array([(span.start, span.end) for span in plan.spans])
+        groups, tokens, slots = [], [], np.empty(len(plan.positions), np.int64)
+        size = 0   # slots so far
+        for group in _grouped(edges[:, 1] - edges[:, 0]):
+            starts, ends = edges[group, 0, None], edges[group, 1, None]
+            length = -(-int((ends - starts).max())//8)*8
+            places = starts + np.arange(length)
+            real = places < ends
+            slots[places[real]] = size + np.flatnonzero(real)
+            size += places.size
+            tokens.append(np.minimum(places, ends - 1).ravel())
+            groups.append(_Group(len(group), length, torch.from_numpy(~real)[:, None, None].to(device)))
+        tokens = torch.from_numpy(np.concatenate(tokens)).to(device)
+        plan.cache['groups'] = _Groups(tokens, torch.from_numpy(slots).to(device), groups)
+    return plan.cache['groups']
 
 # %% ../../../nbs/3_model/03_disentangled.ipynb #10e99ef6
+class _Distances:
+    "How far apart tokens are: exact when near, in buckets when far. Keeps the table of the longest span so far."
+    def __init__(self): self.table = None
+
+    def of(self, attn, length, device):
+        "(length, length) int64: the relative position of query i and key j."
+        if self.table is None or len(self.table) < length or self.table.device != device:
+            from transformers.models.deberta_v2.modeling_deberta_v2 import build_relative_position
+            size, places = attn.pos_ebd_size, torch.empty(length, 1, device=device)
+            buckets = dict(bucket_size=attn.position_buckets, max_position=attn.max_relative_positions)
+            distances = build_relative_position(places, places, **buckets)[0]
+            self.table = (distances + size).clamp(0, 2*size - 1)
+        return self.table[:length, :length]
+
+def _heads(attn, x):
+    "(H, n, D) of `x` (n, h)."
+    return x.unflatten(-1, (attn.num_attention_heads, -1)).transpose(0, 1)
+
+def _position_scores(attn, q, k, rel_embeddings, scale):
+    """(query content · position key, key content · position query), (H, P, 2·size) each, of every relative position.
+
+    None for a term that the model does without. `q`, `k`: (H, P, D)."""
+    if not attn.relative_attention: return None, None
+    states = attn.pos_dropout(rel_embeddings)[:2*attn.pos_ebd_size]
+    to_keys = to_queries = None
+    # v3 shares the projections of the content, v2 may have its own
+    if 'c2p' in attn.pos_att_type:
+        project = attn.key_proj if attn.share_att_key else attn.pos_key_proj
+        to_keys = q @ (_heads(attn, project(states))/scale).mT
+    if 'p2c' in attn.pos_att_type:
+        project = attn.query_proj if attn.share_att_key else attn.pos_query_proj
+        to_queries = k @ (_heads(attn, project(states))/scale).mT
+    return to_keys, to_queries
+
+def _bias(to_keys, to_queries, distances, padding):
+    """Position terms (spans, H, n, n) of a group of spans, -inf where a key is padding (He et al. 2021, eq. 4).
+
+    `to_keys`, `to_queries`: its `_position_scores` (H, spans, n, 2·size)."""
+    def index(x, distances): return distances.expand(*x.shape[:3], -1)
+    bias = None
+    if to_keys is not None: bias = to_keys.gather(-1, index(to_keys, distances))
+    if to_queries is not None:
+        term = to_queries.gather(-1, index(to_queries, distances.mT)).mT
+        bias = term if bias is None else bias + term
+    if bias is None: return ~padding
+    return bias.transpose(0, 1).masked_fill(padding, -math.inf)
+
+# %% ../../../nbs/3_model/03_disentangled.ipynb #cc06fa4d
 class _Holder:
     "The plan of the batch that is being computed: DeBERTa passes no keyword arguments down to its attention."
-    plan = None
+    def __init__(self): self.plan, self.distances = None, _Distances()
 
 def _disentangled(attn, whole, holder, hidden, *args, rel_embeddings=None, **kwargs):
     "DeBERTa-v2's self-attention by the holder's plan; without one, the `whole` module."
     if holder.plan is None: return whole(hidden, *args, rel_embeddings=rel_embeddings, **kwargs)
-    # projections of the whole row; a score is a sum of up to three products, hence the scale
-    q, k, v = (_heads(attn, project, hidden) for project in (attn.query_proj, attn.key_proj, attn.value_proj))
+    # projections of the whole row, then in the slots of the groups
+    tokens, slots, groups = span_groups(holder.plan, hidden.device)
+    projections = attn.query_proj, attn.key_proj, attn.value_proj
+    q, k, v = (_heads(attn, project(hidden[0]).index_select(0, tokens)) for project in projections)
+    # a score is a sum of up to three products, hence the scale
     terms = 1 + len({'c2p', 'p2c'} & set(attn.pos_att_type))
     scale = math.sqrt(q.shape[-1]*terms)
-    positions = _positions(attn, rel_embeddings)
+    scores = _position_scores(attn, q, k, rel_embeddings, scale=scale)
     dropout = attn.dropout.p if attn.training else 0.
-    # each sequence by itself
+    # a call for each group
+    sizes = [group.spans*group.length for group in groups]
+    parts = [[None]*len(sizes) if x is None else x.split(sizes, 1) for x in (q, k, v, *scores)]
     outputs = []
-    for span in holder.plan.spans:
-        own = slice(span.start, span.end)
-        queries, keys, values = (x[:, own] for x in (q, k, v))
-        bias = None
-        if positions is not None: bias = _bias(attn, queries, keys, positions, scale=scale)[None].to(q.dtype)
-        settings = dict(attn_mask=bias, dropout_p=dropout, scale=1/scale)
-        outputs.append(F.scaled_dot_product_attention(queries[None], keys[None], values[None], **settings)[0])
-    output = torch.cat(outputs, 1).transpose(0, 1)
-    return output.reshape(1, len(output), -1), None
+    for group, *of_group in zip(groups, *parts):
+        shape = group.spans, group.length
+        *qkv, to_keys, to_queries = (x if x is None else x.unflatten(1, shape) for x in of_group)
+        distances = None if to_keys is to_queries else holder.distances.of(attn, group.length, hidden.device)
+        how = dict(attn_mask=_bias(to_keys, to_queries, distances, group.padding), dropout_p=dropout, scale=1/scale)
+        output = F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in qkv), **how)
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).index_select(0, slots).flatten(1)[None], None
 
 def plan_deberta(backbone):
     "Let a DeBERTa-v2 or -v3 attend by plan; returns the holder whose `plan` says how (None: as transformers does)."

@@ -7,6 +7,7 @@ __all__ = ['add_lora', 'without_lora', 'merge_lora']
 
 # %% ../../../nbs/3_model/07_lora.ipynb #5386f27e
 import re, warnings
+from functools import partial
 
 import torch
 from torch import nn
@@ -55,10 +56,44 @@ def lora_targets(backbone, targets='all-linear', layers=''):
     return [name for name in names if any(_ends_with(name, end) for end in ends)]
 
 # %% ../../../nbs/3_model/07_lora.ipynb #a56077b8
+class _Fork(torch.autograd.Function):
+    """`x` (T, n) for the frozen layer and x·Aᵀ (T, r) for the adapter.
+
+    The first output must go to nothing but the frozen layer: its gradient is added to where it lies."""
+    @staticmethod
+    def forward(ctx, x, A):
+        ctx.save_for_backward(x, A)
+        return x.view_as(x), x @ A.T
+
+    @staticmethod
+    def backward(ctx, grad_x, grad_h):
+        x, A = ctx.saved_tensors
+        return grad_x.addmm_(grad_h, A), grad_h.T @ x
+
+_ADAPTER = 'default'   # peft's name for an adapter that was given none
+
+def _forward(layer, whole, x, *args, **kwargs):
+    "Output of a LoRA linear layer in the precision of autocast; peft's own (`whole`) for whatever is not plain LoRA."
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+    plain = layer.active_adapters == [_ADAPTER] and not layer.disable_adapters and not layer.merged
+    if not plain or args or kwargs or (dtype == torch.float32 and x.dtype != dtype): return whole(x, *args, **kwargs)
+    A, B = (weights[_ADAPTER].weight.to(dtype) for weights in (layer.lora_A, layer.lora_B))
+    dropout = layer.lora_dropout[_ADAPTER]
+    # tokens by features: then the frozen layer's output is no view, and can be added to
+    tokens = x.reshape(-1, x.shape[-1]).to(dtype)
+    if tokens.requires_grad and isinstance(dropout, nn.Identity): tokens, h = _Fork.apply(tokens, A)
+    else: h = dropout(tokens) @ A.T
+    y = layer.base_layer(tokens)
+    add = y.addmm if y._is_view() else y.addmm_
+    return add(h.to(y.dtype), B.T.to(y.dtype), alpha=layer.scaling[_ADAPTER]).view(*x.shape[:-1], -1)
+
+# %% ../../../nbs/3_model/07_lora.ipynb #f8f8d2c9
 def add_lora(backbone, cfg):
     "Wrap `backbone` in peft with fp32 LoRA of `cfg` (first values from `cfg.seed`); as it is when `rank` is 0."
     if not cfg.rank: return backbone
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
     names = lora_targets(backbone, cfg.targets, cfg.lora_layers)
     scaled = dict(r=cfg.rank, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, bias='none')
     lora = LoraConfig(task_type='FEATURE_EXTRACTION', target_modules=names, **scaled)
@@ -70,6 +105,8 @@ def add_lora(backbone, cfg):
         model = get_peft_model(backbone, lora)
     for p in model.parameters():
         if p.requires_grad: p.data = p.data.float()   # fp16 parameters cannot be unscaled by a GradScaler
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer): layer.forward = partial(_forward, layer, layer.forward)
     return model
 
 def without_lora(backbone):
