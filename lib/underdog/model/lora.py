@@ -6,7 +6,7 @@
 __all__ = ['add_lora', 'without_lora', 'merge_lora']
 
 # %% ../../../nbs/3_model/07_lora.ipynb #5386f27e
-import re, warnings
+import re, sys, warnings
 
 import torch
 from torch import nn
@@ -54,11 +54,26 @@ def lora_targets(backbone, targets='all-linear', layers=''):
         raise UserError(f'targets={targets!r}: no linear layer {end!r}; there are {there}')
     return [name for name in names if any(_ends_with(name, end) for end in ends)]
 
+# %% ../../../nbs/3_model/07_lora.ipynb #ac14170b
+def hide_old_torchao():
+    "Let peft take a torchao that it finds too old as absent; one that it accepts stays."
+    from peft.import_utils import is_torchao_available
+    try: is_torchao_available()
+    except ImportError:
+        # a module that is None in sys.modules cannot be found; peft keeps this answer
+        loaded = sys.modules.get('torchao')
+        sys.modules['torchao'] = None
+        try: is_torchao_available()
+        finally:
+            if loaded is None: del sys.modules['torchao']
+            else: sys.modules['torchao'] = loaded
+
 # %% ../../../nbs/3_model/07_lora.ipynb #a56077b8
 def add_lora(backbone, cfg):
     "Wrap `backbone` in peft with fp32 LoRA of `cfg` (first values from `cfg.seed`); as it is when `rank` is 0."
     if not cfg.rank: return backbone
     from peft import LoraConfig, get_peft_model
+    hide_old_torchao()
     names = lora_targets(backbone, cfg.targets, cfg.lora_layers)
     scaled = dict(r=cfg.rank, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, bias='none')
     lora = LoraConfig(task_type='FEATURE_EXTRACTION', target_modules=names, **scaled)
