@@ -113,12 +113,22 @@ def _quantization(cfg, config, dtype):
     nf4 = dict(bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     return BitsAndBytesConfig(load_in_4bit=True, **nf4)
 
+def _cast_rest(backbone, dtype):
+    "Cast what is not quantized, such as norms and embeddings, to `dtype`: a stored model may bring another one."
+    from bitsandbytes.nn import Int8Params, Params4bit
+    for p in backbone.parameters():
+        if p.is_floating_point() and not isinstance(p, (Int8Params, Params4bit)): p.data = p.data.to(dtype)
+    # buffers in fp32, such as the frequencies of rotary positions, are so on purpose
+    for b in backbone.buffers():
+        if b.is_floating_point() and b.dtype != torch.float32: b.data = b.data.to(dtype)
+
 def _prepare_blocks(backbone, cfg, device, dtype):
     "Give 4-bit layers, also stored ones, our compute dtype; `UserError` for sizes that a CPU's kernels do not take."
     if cfg.quantization != 'nf4': return
     for name, m in backbone.named_modules():
         if not hasattr(m, 'compute_dtype'): continue
         m.compute_dtype, m.compute_type_is_set = dtype, True
+        m.weight.quant_state.dtype = dtype   # in which it is dequantized
         if device.type == 'cpu' and (m.in_features % 64 or m.out_features % 64):
             raise UserError(f'{cfg.path}: {name} is {m.in_features} x {m.out_features}; 4-bit on a CPU wants multiples '
                             'of 64: use quantization=none there')
@@ -135,11 +145,16 @@ def _place_embedding(backbone, device):
 
 # %% ../../../nbs/3_model/06_backbone.ipynb #a0aa63e1
 def host_embedding(embedding):
-    "Move an `nn.Embedding` to the host; what it returns is on the device of the ids, with equal values."
-    embedding.weight.data, forward = embedding.weight.data.cpu(), embedding.forward
+    "Move an `nn.Embedding` and its buffers to the host; its equal values return to the device of the ids."
+    # tensors take the place of tensors: not every kind can change its device
+    for name, p in list(embedding.named_parameters()):
+        setattr(embedding, name, torch.nn.Parameter(p.detach().cpu(), requires_grad=p.requires_grad))
+    for name, buffer in list(embedding.named_buffers()): setattr(embedding, name, buffer.cpu())
+    forward = embedding.forward
     def lookup(ids):
+        # each row travels once
         rows, index = ids.unique(return_inverse=True)
-        return forward(rows.to(embedding.weight.device)).to(ids.device)[index]
+        return forward(rows.cpu()).to(ids.device)[index]
     embedding.forward = lookup
 
 # %% ../../../nbs/3_model/06_backbone.ipynb #20cd549e
@@ -221,8 +236,9 @@ def load_backbone(cfg, device='cpu'):
     # Gemma-2 does without SDPA only for the sake of the softcap, which is off (`backbone_config`)
     if hasattr(config, 'attn_logit_softcapping'): backbone.config._attn_implementation = attention_of(config) or 'sdpa'
     # each part in its place and precision
-    _prepare_blocks(backbone, cfg, device, dtype)
     if cfg.quantization == 'none': backbone.to(device)
+    else: _cast_rest(backbone, dtype)
+    _prepare_blocks(backbone, cfg, device, dtype)
     _place_embedding(backbone, device)
     if cfg.liger: _use_liger(backbone, device)
     return backbone.requires_grad_(False).eval()
