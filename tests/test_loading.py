@@ -1,19 +1,29 @@
 "Nothing stops a run at load: Kaggle's versions, small cards, packages that are old or absent."
+import gc
 import importlib
 import os
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import REPO
-from test_model import config, logits_of, make_batch
+from fixtures import family_config
+from safetensors.torch import load_file, save_file
+from test_model import config, logits_of, make_batch, trained
 from torch._subclasses import FakeTensorMode
 
-from underdog.model.backbone import host_embedding, load_backbone, load_bitsandbytes
-from underdog.model.lora import hide_old_torchao
+from underdog.core import UserError
+from underdog.inference.workers import _serve
+from underdog.model.backbone import _known_device, host_embedding, load_backbone, load_bitsandbytes
+from underdog.model.lora import hide_old_torchao, without_lora
+from underdog.model.merge import _check_card, load_merged, merge, save_adapter
 from underdog.model.model import load_model
+from underdog.model.settings import ModelConfig
+from underdog.process import _environment
 
 STUBS = REPO/'tests'/'stubs'
 
@@ -138,3 +148,122 @@ def test_a_folder_stored_in_bf16_computes_in_fp16(bases, tmp_path, family, quant
         if not list(module.children()): module.register_forward_hook(partial(note, name))
     assert logits_of(model, make_batch()).isfinite().all()
     assert len(seen) > 10 and {name: dtype for name, dtype in seen.items() if dtype != torch.float16} == {}
+
+
+# ---- merged
+
+def live_bytes():
+    "Bytes of the tensors that Python holds."
+    tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and t.device.type == 'cpu']
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@pytest.mark.parametrize('tied', [True, False])
+def test_a_merge_holds_one_file_in_memory(tmp_path, monkeypatch, tied):
+    "From a base in several files, with a head over words, tied or not: equal logits, and never the model in memory."
+    from transformers import AutoModelForCausalLM
+    shape = family_config('llama', num_hidden_layers=6, tie_word_embeddings=tied)
+    AutoModelForCausalLM.from_config(shape).save_pretrained(tmp_path/'base', max_shard_size='200KB')
+    assert len(list((tmp_path/'base').glob('*.safetensors'))) > 2
+    model = trained(config(tmp_path/'base', layers=5))
+    save_adapter(model, tmp_path/'adapter')
+    expected, largest = logits_of(model, make_batch()), 4*128*64
+    del model
+    # what is in memory when a file is written
+    gc.collect()
+    before, held = live_bytes(), []
+    def write(tensors, *args, **kwargs):
+        held.append(live_bytes() - before)
+        return save_file(tensors, *args, **kwargs)
+    monkeypatch.setattr(safetensors.torch, 'save_file', write)
+    monkeypatch.setattr('underdog.model.merge._SHARD_BYTES', 100_000)
+    cfg = merge(tmp_path/'adapter', tmp_path/'merged')
+    files = list((tmp_path/'merged').glob('*.safetensors'))
+    assert len(files) == len(held) > 5 and max(held) <= 100_000 + 4*largest
+    names = [name for file in files for name in load_file(file)]
+    assert len(names) == len(set(names)) and not [n for n in names if 'lm_head' in n or 'layers.5.' in n]
+    torch.testing.assert_close(logits_of(load_merged(cfg), make_batch()), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_merged_weights_have_the_dtype_of_the_arithmetic(bases, tmp_path):
+    model = trained(config(bases['llama']))
+    save_adapter(model, tmp_path/'adapter')
+    cfg = merge(tmp_path/'adapter', tmp_path/'merged', dtype='bfloat16', quantization='int8')
+    weights = load_file(tmp_path/'merged'/'model-00001.safetensors')
+    assert {t.dtype for t in weights.values()} == {torch.bfloat16} and cfg.quantization == 'int8'
+    # rounded once, from the sum in fp32
+    layer, key = without_lora(model.backbone).layers[0].mlp.up_proj, 'layers.0.mlp.up_proj.weight'
+    with torch.no_grad(): expected = layer.weight + layer.get_delta_weight('default')
+    assert torch.equal(weights[key], expected.bfloat16())
+
+
+T4 = SimpleNamespace(total_memory=15.8e9)
+
+
+def test_a_merged_9b_is_refused_on_a_t4_in_16_bits_only(monkeypatch):
+    "Gemma-2-9B: 18.5 GB in 16 bits, of which the embedding stays on the host."
+    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: T4)
+    sizes = dict(gate_proj=14336, up_proj=14336, down_proj=14336, q_proj=4096, k_proj=2048, v_proj=2048, o_proj=4096)
+    stored = {f'model.layers.{i}.{n}.weight': ('', (size, 3584)) for i in range(42) for n, size in sizes.items()}
+    stored['model.embed_tokens.weight'] = '', (256_000, 3584)
+    for q in ('int8', 'nf4'): _check_card(ModelConfig('x', quantization=q), stored, 2, 'cuda:1')
+    remedy = r'16.6 GB, and cuda:1 has 15.8; set quantization=int8 \(8.4 GB\) or quantization=nf4'
+    with pytest.raises(UserError, match=remedy):
+        _check_card(ModelConfig('x', quantization='none'), stored, 2, 'cuda:1')
+
+
+def test_merges_that_cannot_work_write_nothing(bases, tmp_path, monkeypatch):
+    from transformers import AutoModel, BitsAndBytesConfig
+    def refused(match):
+        with pytest.raises(UserError, match=match): merge(tmp_path/'adapter', tmp_path/'out'/'merged')
+        assert not list((tmp_path/'out').glob('*'))
+    save_adapter(trained(config(bases['llama'])), tmp_path/'adapter')
+    with monkeypatch.context() as m:
+        m.setattr('underdog.model.merge.shutil.disk_usage', lambda folder: SimpleNamespace(free=1000))
+        refused('are free in')
+    # an adapter without one of its tensors
+    file = tmp_path/'adapter'/'adapter.safetensors'
+    tensors = load_file(file)
+    del tensors['base_model.model.layers.1.mlp.up_proj.lora_B.default.weight']
+    save_file(tensors, file)
+    refused('up_proj.lora_B.default.weight.: missing')
+    # a base that is stored in 4 bits
+    bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4')
+    AutoModel.from_pretrained(bases['llama'], quantization_config=bits).save_pretrained(tmp_path/'base')
+    save_adapter(trained(config(tmp_path/'base', quantization='nf4')), tmp_path/'adapter')
+    refused('stored as nf4.*leave merge off')
+
+
+# ---- several processes
+
+class Silent:
+    "A connection to a parent that has no work."
+    def send(self, message): pass
+    def recv(self): return None
+
+
+@pytest.mark.parametrize('device, set_to', [('cuda:1', ['cuda:1']), ('cpu', [])])
+def test_a_worker_makes_its_card_its_own_first(monkeypatch, device, set_to):
+    "Triton launches its kernels on the current device, which is the first card until somebody says otherwise."
+    events = []
+    monkeypatch.setattr(torch, 'set_num_threads', lambda n: None)
+    monkeypatch.setattr(torch.cuda, 'set_device', lambda device: events.append(str(device)))
+    _serve(Silent(), lambda device: events.append('start'), device, threads=1)
+    assert events == [*set_to, 'start']
+
+
+def test_loading_a_model_makes_its_card_that_of_the_process(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'set_device', lambda device: chosen.append(str(device)))
+    for device in ('cuda:1', 'cpu', 'cuda'): _known_device(device)
+    assert chosen == ['cuda:1']
+
+
+def test_processes_of_one_machine_meet_on_its_loopback(monkeypatch):
+    "Not those of several machines, and a person's choice stands."
+    name = 'NCCL_SOCKET_IFNAME'
+    monkeypatch.delenv(name, raising=False)
+    assert _environment(2)[name] == 'lo' and name not in _environment(1) | _environment(2, machines=2)
+    monkeypatch.setenv(name, 'eth0')
+    assert _environment(2)[name] == 'eth0'

@@ -314,7 +314,7 @@ def test_merged_gives_equal_logits(bases, tmp_path, family, head):
     merged = merged_copy(model, tmp_path)
     torch.testing.assert_close(logits_of(merged, batch), logits_of(model, batch), rtol=1e-5, atol=1e-5)
     assert not adapter_parameters(merged)
-    assert [f.name for f in (tmp_path/'merged').glob('*.safetensors')] == ['model.safetensors']
+    assert [f.name for f in (tmp_path/'merged').glob('*.safetensors')] == ['model-00001.safetensors']
 
 
 def test_merged_keeps_the_first_layers_only(bases, tmp_path):

@@ -14,13 +14,15 @@ from torch import nn
 from ..core import UserError
 
 # %% ../../../nbs/3_model/07_lora.ipynb #da5ba8ff
+def block_of(name):
+    "Number of the block that a dotted `name` lies in; None outside of the blocks."
+    number = re.search(r'(?:^|\.)(\d+)\.', name)
+    return int(number.group(1)) if number else None
+
 def linear_layers(backbone):
     "Dict of the linear layers in numbered blocks: name -> number of the block."
-    layers = {}
-    for name, module in backbone.named_modules():
-        number = re.search(r'(?:^|\.)(\d+)\.', name)
-        if isinstance(module, nn.Linear) and number: layers[name] = int(number.group(1))
-    return layers
+    names = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
+    return {name: block_of(name) for name in names if block_of(name) is not None}
 
 def layer_range(text, n):
     "The layers of `n` that a slice such as '4:', '2:6' or '-8:' means; '' is all."
