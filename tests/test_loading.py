@@ -1,6 +1,7 @@
 "Nothing stops a run at load: Kaggle's versions, small cards, packages that are old or absent."
 import gc
 import importlib
+import inspect
 import os
 import subprocess
 import sys
@@ -11,14 +12,15 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import REPO
-from fixtures import family_config
+from fixtures import DECODERS, FAMILIES, family_config
 from safetensors.torch import load_file, save_file
 from test_model import config, logits_of, make_batch, trained
 from torch._subclasses import FakeTensorMode
 
 from underdog.core import UserError
 from underdog.inference.workers import _serve
-from underdog.model.backbone import _known_device, host_embedding, load_backbone, load_bitsandbytes
+from underdog.model.backbone import (_known_device, _liger_runs, _use_liger, host_embedding, load_backbone,
+                                     load_bitsandbytes)
 from underdog.model.lora import hide_old_torchao, without_lora
 from underdog.model.merge import _check_card, load_merged, merge, save_adapter
 from underdog.model.model import load_model
@@ -267,3 +269,57 @@ def test_processes_of_one_machine_meet_on_its_loopback(monkeypatch):
     assert _environment(2)[name] == 'lo' and name not in _environment(1) | _environment(2, machines=2)
     monkeypatch.setenv(name, 'eth0')
     assert _environment(2)[name] == 'eth0'
+
+
+# ---- Liger
+
+@pytest.fixture
+def liger(monkeypatch):
+    "A stand-in for liger-kernel that notes what it is asked for, and puts itself in transformers' place as the real one."
+    calls = []
+    def note(model, **asked):
+        calls.append(asked)
+        sys.modules[type(model).__module__].apply_rotary_pos_emb = None
+    def silu(rope=True, cross_entropy=False, fused_linear_cross_entropy=True, rms_norm=True, swiglu=True, model=None):
+        note(model, rope=rope, loss=cross_entropy or fused_linear_cross_entropy, rms_norm=rms_norm, swiglu=swiglu)
+    def gelu(rope=True, cross_entropy=False, fused_linear_cross_entropy=True, rms_norm=True, geglu=True, model=None):
+        note(model, rope=rope, loss=cross_entropy or fused_linear_cross_entropy, rms_norm=rms_norm, geglu=geglu)
+    patches = dict(llama=silu, mistral=silu, qwen2=silu, gemma2=gelu)
+    functions = {f'apply_liger_kernel_to_{family}': patch for family, patch in patches.items()}
+    module = SimpleNamespace(**functions)
+    monkeypatch.setitem(sys.modules, 'liger_kernel', SimpleNamespace(transformers=module))
+    monkeypatch.setitem(sys.modules, 'liger_kernel.transformers', module)
+    monkeypatch.setattr('underdog.model.backbone._liger_runs', lambda liger, device: True)
+    return calls
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_liger_is_used_where_it_can_be(bases, liger, family):
+    "Norms and gated MLPs of this one model; no loss, no name of transformers, no family that is not tested."
+    backbone = load_backbone(config(bases[family]))
+    assert not liger   # not on a CPU
+    assert _use_liger(backbone, torch.device('cuda:1')) is (family in DECODERS)
+    if family not in DECODERS: return
+    gate = 'geglu' if family == 'gemma2' else 'swiglu'
+    assert liger == [{'rope': False, 'loss': False, 'rms_norm': True, gate: True}]
+    assert sys.modules[type(backbone).__module__].apply_rotary_pos_emb is not None
+    # another activation than Liger's keeps its MLP
+    backbone.config.hidden_activation = backbone.config.hidden_act = 'relu'
+    assert _use_liger(backbone, torch.device('cuda:1')) and liger[-1] == {**liger[0], gate: False}
+
+
+def test_a_liger_that_is_absent_or_broken_stops_nothing(bases, monkeypatch, capsys):
+    backbone = load_backbone(config(bases['llama']))
+    monkeypatch.setitem(sys.modules, 'liger_kernel', None)
+    assert _use_liger(backbone, torch.device('cuda:0')) is False
+    def broken(size): raise RuntimeError('no C compiler')
+    assert _liger_runs(SimpleNamespace(LigerRMSNorm=broken), torch.device('cuda:0')) is False
+    assert 'no C compiler' in capsys.readouterr().out
+
+
+def test_liger_has_the_names_that_we_ask_for():
+    liger = pytest.importorskip('liger_kernel.transformers', reason='liger-kernel is not installed')
+    for family in DECODERS:
+        known = set(inspect.signature(getattr(liger, f'apply_liger_kernel_to_{family}')).parameters)
+        gate = 'geglu' if family == 'gemma2' else 'swiglu'
+        assert known == {'rope', 'cross_entropy', 'fused_linear_cross_entropy', 'rms_norm', gate, 'model'}

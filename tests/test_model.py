@@ -437,11 +437,6 @@ def test_a_base_stored_in_4_bit(bases, tmp_path):
     torch.testing.assert_close(logits_of(stored, make_batch()), logits_of(small, make_batch()), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a CUDA device')
-def test_liger_wants_a_gpu(bases):
-    with pytest.raises(UserError, match='its kernels are for GPUs'): load_model(config(bases['llama'], liger=True))
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
 @pytest.mark.parametrize('family', DECODERS)
 def test_gpu_liger_gives_equal_logits(bases, family):

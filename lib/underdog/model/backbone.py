@@ -7,7 +7,7 @@ __all__ = ['weight_files', 'base_hash', 'backbone_config', 'load_bitsandbytes', 
            'load_backbone']
 
 # %% ../../../nbs/3_model/06_backbone.ipynb #b405048e
-import inspect, os
+import inspect, os, sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from ..core import UserError, fingerprint, first_line, read_json
 from ..machine import quiet, resolve_input
 from .planner import attention_of
+from .read_layer import READ_TYPES
 from .settings import CHOICES, compute_dtype
 
 # %% ../../../nbs/3_model/06_backbone.ipynb #d12b2178
@@ -161,21 +162,36 @@ def host_embedding(embedding):
     embedding.forward = lookup
 
 # %% ../../../nbs/3_model/06_backbone.ipynb #20cd549e
+_GATES = dict(silu='swiglu', swish='swiglu', gelu_pytorch_tanh='geglu')   # what Liger calls an MLP with this activation
+
 def _use_liger(backbone, device):
-    "Liger's kernels for norms, rotary positions and gated MLPs; none holds a matrix product, so they suit a T4 too."
-    if device.type != 'cuda': raise UserError('liger=True: its kernels are for GPUs; leave it off here')
+    """Let `backbone` use Liger's kernels for norms and gated MLPs where it can; True if it does.
+
+    None of them holds a matrix product, so they suit a T4, too."""
+    config = backbone.config
+    if device.type != 'cuda' or config.model_type not in READ_TYPES: return False
     try: import liger_kernel.transformers as liger
-    except ImportError as e:
-        raise UserError(f"liger=True wants liger-kernel ({e}): pip install '.[gpu]', on Kaggle from the wheel dataset; "
-                        'or liger=False') from None
-    family = backbone.config.model_type
-    apply = getattr(liger, f'apply_liger_kernel_to_{family}', None)
-    if apply is None: raise UserError(f'liger=True: Liger has no kernels for {family}; leave it off')
-    # no family has both kinds of gated MLP; losses are ours
-    wanted = dict(rope=True, rms_norm=True, swiglu=True, geglu=True)
-    wanted |= dict(cross_entropy=False, fused_linear_cross_entropy=False)
+    except ImportError: return False
+    apply = getattr(liger, f'apply_liger_kernel_to_{config.model_type}', None)
+    if apply is None or not _liger_runs(liger, device): return False
+    # rotary positions cannot be exchanged in one model alone, and losses are ours
+    wanted = dict.fromkeys(('rope', 'cross_entropy', 'fused_linear_cross_entropy', 'swiglu', 'geglu'), False)
+    wanted |= {'rms_norm': True, _GATES.get(getattr(config, 'hidden_activation', None) or config.hidden_act): True}
     known = inspect.signature(apply).parameters
+    # Liger also puts its classes in the place of transformers', for every later model of this process: back with those
+    module = sys.modules[type(backbone).__module__]
+    before = dict(vars(module))
     apply(model=backbone, **{name: on for name, on in wanted.items() if name in known})
+    vars(module).update(before)
+    return True
+
+def _liger_runs(liger, device):
+    "Do Liger's kernels run on `device`? They are compiled there, which wants a C compiler."
+    try: liger.LigerRMSNorm(64).to(device)(torch.ones(1, 64, device=device))
+    except Exception as e:
+        print(f'warning: Liger does not run here ({first_line(e)}); its kernels are left out', flush=True)
+        return False
+    return True
 
 # %% ../../../nbs/3_model/06_backbone.ipynb #58a41cfd
 def _known_device(device):
