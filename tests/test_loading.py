@@ -275,7 +275,7 @@ def test_processes_of_one_machine_meet_on_its_loopback(monkeypatch):
 
 @pytest.fixture
 def liger(monkeypatch):
-    "A stand-in for liger-kernel that notes what it is asked for, and puts itself in transformers' place as the real one."
+    "What a stand-in for liger-kernel was asked for; like the real one it puts itself in transformers' place."
     calls = []
     def note(model, **asked):
         calls.append(asked)
