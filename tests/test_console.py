@@ -14,6 +14,12 @@ MODULES = sorted(f.stem for f in Path(commands.__file__).parent.glob('*.py') if 
 COMMANDS = (*commands.LOCAL, *planning.AHEAD, *remote.ON_KAGGLE)
 
 
+@pytest.mark.parametrize('module', ['underdog', 'underdog.console.main'])
+def test_python_dash_m_is_the_command(module):
+    done = subprocess.run([sys.executable, '-m', module, '--help'], capture_output=True, text=True)
+    assert done.returncode == 0 and 'underdog run train --list' in done.stdout, done.stderr
+
+
 def test_help_costs_nothing():
     "Asking for help must not wait for torch, pandas or matplotlib."
     code = ('import sys; sys.argv = ["underdog", "--help"]\n'

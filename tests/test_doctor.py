@@ -2,6 +2,7 @@
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -107,7 +108,7 @@ def test_no_gpu_is_doubtful_and_red_where_one_was_asked_for(monkeypatch):
 
 def test_what_a_single_t4_lacks(monkeypatch):
     t4 = dict(device_count=lambda: 1, get_device_name=lambda i: 'Tesla T4', get_device_capability=lambda i=0: (7, 5),
-              mem_get_info=lambda i: (15*2**30, 15*2**30), is_available=lambda: True)
+              get_device_properties=lambda i: SimpleNamespace(total_memory=15*2**30), is_available=lambda: True)
     for name, value in t4.items(): monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setenv('KAGGLE_KERNEL_RUN_TYPE', 'Batch')
     lines = {c.name: c for c in gpus()}

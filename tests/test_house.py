@@ -41,7 +41,7 @@ def imports_of(file):
 
 # ---- storeys
 STOREYS = ['core', 'machine', 'session', 'process runfolder', 'kernels',
-           'data', 'text', 'model', 'training inference', 'search', 'console']
+           'data', 'text', 'model', 'training inference', 'search', 'console', '__main__']
 
 
 @pytest.mark.parametrize('file', WITH_CODE, ids=path_of)

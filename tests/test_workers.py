@@ -174,7 +174,7 @@ def infer_here(run, test_csv, out, **changes):
     "The predictions of a run, computed in this process."
     out.mkdir()
     job = Job(run, read_test(run, test_csv), InferConfig(**changes)).open()
-    with merged_base(job, out) as merged:
+    with merged_base(job) as merged:
         compute = job.start(merged)('cpu')
         for part in job.parts(job.orders)[0]: job.take(part, compute(part))
     job.write(out)

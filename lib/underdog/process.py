@@ -28,7 +28,7 @@ def _command(module, session):
         command += ['-m', 'torch.distributed.run', *meet, f'--nproc_per_node={processes}']
     return [*command, '-m', module], processes
 
-def _environment(processes):
+def _environment(processes, machines=1):
     "The environment of a child: this library on its path, a fair share of the cores, and who its parent is."
     env = dict(os.environ)
     if processes > 1 or 'OMP_NUM_THREADS' not in env:
@@ -36,6 +36,8 @@ def _environment(processes):
     # on a CPU oneDNN keeps a compiled kernel for each of up to 1,024 shapes; packs differ in length,
     # so they are hardly met again and memory grows for hours
     env.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '16')
+    # processes of one machine meet on its loopback, whatever other networks it has
+    if processes > 1 and machines == 1: env.setdefault('NCCL_SOCKET_IFNAME', 'lo')
     env |= dict(TOKENIZERS_PARALLELISM='false', UNDERDOG_PARENT=str(os.getpid()))
     env['PYTHONPATH'] = os.pathsep.join([str(library_root()), env.get('PYTHONPATH', '')])
     return env
@@ -51,7 +53,7 @@ def launch(module, args, log_file, session=SessionConfig(), stop_file=None, keep
     with open(log_file, 'ab') as log, open(log_file, 'rb') as shown:
         shown.seek(0, os.SEEK_END)   # what earlier children wrote is not shown again
         child = subprocess.Popen([*command, *map(str, args)], stdout=log, stderr=subprocess.STDOUT,
-                                 env=_environment(processes), pass_fds=keep, start_new_session=True)
+                                 env=_environment(processes, session.machines), pass_fds=keep, start_new_session=True)
         with _forwarding(child, stop_file): tail = _follow(child, shown, end)
     return child.returncode, tail
 

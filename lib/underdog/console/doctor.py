@@ -91,7 +91,7 @@ def _gpu_name(i):
     "GPU `i` with its compute capability and its memory: 'Tesla T4 (sm_75, 15 GiB)'."
     import torch
     capability = ''.join(map(str, torch.cuda.get_device_capability(i)))
-    total = torch.cuda.mem_get_info(i)[1]/2**30
+    total = torch.cuda.get_device_properties(i).total_memory/2**30   # without a context there
     return f'{torch.cuda.get_device_name(i)} (sm_{capability}, {total:.0f} GiB)'
 
 def _without_tensor_cores():

@@ -50,3 +50,7 @@ def main():
         Console(stderr=True).print(f'[bold red]underdog:[/] {escape(str(e))}', soft_wrap=True, highlight=False)
         sys.exit(1)
     except KeyboardInterrupt: sys.exit(130)   # as a shell has it: 128 and the number of SIGINT
+
+# %% ../../../nbs/8_console/09_main.ipynb #c0a5e1d2
+#| eval: false
+if __name__ == '__main__' and '__file__' in globals(): main()

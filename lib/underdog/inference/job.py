@@ -169,10 +169,14 @@ def devices_of(cfg):
     return ['cpu']*max(1, cfg.processes)
 
 @contextmanager
-def merged_base(job, folder):
-    "While it lasts, adapters and base are one model in `folder`; yields its config, or None where they stay apart."
+def merged_base(job):
+    """While it lasts, adapters and base are one model on the scratch disk, which a kernel does not save.
+
+    Yields its config, or None where they stay apart."""
     if not job.cfg.merge:
         yield None
         return
-    with tempfile.TemporaryDirectory(dir=folder) as tmp:
-        yield merge(job.run.adapter, Path(tmp)/'merged', job.cfg.base or None)
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as tmp:
+        device = devices_of(job.cfg)[0]
+        yield merge(job.run.adapter, Path(tmp)/'merged', job.cfg.base or None, device=device, **job.cfg.changes)

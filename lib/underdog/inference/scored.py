@@ -65,7 +65,7 @@ def _seconds_left(clock, publisher):
 
 def _answer_with(job, readings, publisher, clock):
     "Load the model of `job`, make its `readings`; returns how long the loading took."
-    with merged_base(job.open(), publisher.out) as merged, Workers(job.start(merged), devices_of(job.cfg)) as workers:
+    with merged_base(job.open()) as merged, Workers(job.start(merged), devices_of(job.cfg)) as workers:
         for reading in readings:
             _read(reading, workers, publisher, time.monotonic() + _seconds_left(clock, publisher))
             job.spent.update(busy_s=workers.busy_s, load_s=workers.load_s)
@@ -97,8 +97,8 @@ def _read(reading, workers, publisher, end):
 
 def _warn_not_finite(job):
     "Warn of rows whose logits were not finite; `UserError` when no row had others."
-    text = (f'{len(job.not_finite)} of {len(job.df)} rows got no finite logits: half precision does not hold them; '
-            'set dtype=float32 (bfloat16 from an A100 on)')
+    text = (f'{len(job.not_finite)} of {len(job.df)} rows got no finite logits: fp16 does not hold them; '
+            'take a GPU with bfloat16 (L4, A100 or newer), another model, or for a small one dtype=float32')
     if np.isnan(job.logits).any(2).all(): raise UserError(text)
     print(f'warning: {text}', flush=True)
 

@@ -73,6 +73,7 @@ def _serve(connection, start, device, threads):
     import torch
     torch.set_num_threads(threads)
     try:
+        if device.startswith('cuda'): torch.cuda.set_device(device)   # Triton launches on device 0 otherwise
         compute = start(device)
         connection.send(_Ready())
         # what the parent sends is work, or None at the end

@@ -6,7 +6,7 @@
 __all__ = ['add_lora', 'without_lora', 'merge_lora']
 
 # %% ../../../nbs/3_model/07_lora.ipynb #5386f27e
-import re, warnings
+import re, sys, warnings
 from functools import partial
 
 import torch
@@ -15,13 +15,15 @@ from torch import nn
 from ..core import UserError
 
 # %% ../../../nbs/3_model/07_lora.ipynb #da5ba8ff
+def block_of(name):
+    "Number of the block that a dotted `name` lies in; None outside of the blocks."
+    number = re.search(r'(?:^|\.)(\d+)\.', name)
+    return int(number.group(1)) if number else None
+
 def linear_layers(backbone):
     "Dict of the linear layers in numbered blocks: name -> number of the block."
-    layers = {}
-    for name, module in backbone.named_modules():
-        number = re.search(r'(?:^|\.)(\d+)\.', name)
-        if isinstance(module, nn.Linear) and number: layers[name] = int(number.group(1))
-    return layers
+    names = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
+    return {name: block_of(name) for name in names if block_of(name) is not None}
 
 def layer_range(text, n):
     "The layers of `n` that a slice such as '4:', '2:6' or '-8:' means; '' is all."
@@ -88,12 +90,27 @@ def _forward(layer, whole, x, *args, **kwargs):
     add = y.addmm if y._is_view() else y.addmm_
     return add(h.to(y.dtype), B.T.to(y.dtype), alpha=layer.scaling[_ADAPTER]).view(*x.shape[:-1], -1)
 
+# %% ../../../nbs/3_model/07_lora.ipynb #ac14170b
+def hide_old_torchao():
+    "Let peft take a torchao that it finds too old as absent; one that it accepts stays."
+    from peft.import_utils import is_torchao_available
+    try: is_torchao_available()
+    except ImportError:
+        # a module that is None in sys.modules cannot be found; peft keeps this answer
+        loaded = sys.modules.get('torchao')
+        sys.modules['torchao'] = None
+        try: is_torchao_available()
+        finally:
+            if loaded is None: del sys.modules['torchao']
+            else: sys.modules['torchao'] = loaded
+
 # %% ../../../nbs/3_model/07_lora.ipynb #f8f8d2c9
 def add_lora(backbone, cfg):
     "Wrap `backbone` in peft with fp32 LoRA of `cfg` (first values from `cfg.seed`); as it is when `rank` is 0."
     if not cfg.rank: return backbone
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import LoraLayer
+    hide_old_torchao()
     names = lora_targets(backbone, cfg.targets, cfg.lora_layers)
     scaled = dict(r=cfg.rank, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, bias='none')
     lora = LoraConfig(task_type='FEATURE_EXTRACTION', target_modules=names, **scaled)

@@ -6,16 +6,20 @@
 __all__ = ['save_adapter', 'load_adapter', 'merge', 'load_merged']
 
 # %% ../../../nbs/3_model/10_merge.ipynb #746271cf
-import shutil, tempfile
+import math, shutil
+from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
+from safetensors import safe_open
+
 from ..core import UserError, coerce, first_line, read_record, write_json
 from ..machine import resolve_input
-from .backbone import base_hash
-from .lora import merge_lora
+from .backbone import backbone_config, base_hash, stays_on_host, stored_quantization, weight_files
+from .lora import block_of, lora_targets
 from .model import load_model
-from .settings import ModelConfig
+from .settings import ModelConfig, compute_dtype
 
 # %% ../../../nbs/3_model/10_merge.ipynb #d1f4cb55
 def _trained(model):
@@ -79,19 +83,23 @@ def _fill(parameters, file, what):
     extra = sorted(set(tensors) - set(parameters))
     if extra: raise UserError(f'{file}: {what} {extra[0]!r} is not in the model; it is of another model')
 
+def _settings(folder, base, changes):
+    "The `ModelConfig` of the adapter in `folder` on the `base`, with `changes`; `UserError` for another base."
+    saved = _saved(folder)
+    moved = {'path': str(base)} if base else {}
+    cfg = coerce(ModelConfig, saved['model'] | moved | changes)
+    actual, wanted = base_hash(cfg.path), saved['base_hash']
+    if actual != wanted:
+        raise UserError(f'{cfg.path}: not the base model this adapter was trained on (hash {actual}, {wanted} wanted); '
+                        'give the same model')
+    return cfg
+
 def load_adapter(folder, device='cpu', base=None, **changes):
     """The model saved in `folder`, with equal logits.
 
     `base` says where the backbone lies now, if it moved; `changes` of its settings: dtype, quantization and others."""
     folder = resolve_input(folder)
-    saved = _saved(folder)
-    moved = {'path': str(base)} if base else {}
-    cfg = coerce(ModelConfig, saved['model'] | moved | changes)
-    # the same base?
-    actual, wanted = base_hash(cfg.path), saved['base_hash']
-    if actual != wanted:
-        raise UserError(f'{cfg.path}: not the base model this adapter was trained on (hash {actual}, {wanted} wanted); '
-                        'give the same model')
+    cfg = _settings(folder, base, changes)
     # every trained value of the model comes from the two files
     model = load_model(cfg, device)
     _fill(_trained(model), folder/'adapter.safetensors', 'adapter tensor')
@@ -100,29 +108,156 @@ def load_adapter(folder, device='cpu', base=None, **changes):
     return model.eval()
 
 # %% ../../../nbs/3_model/10_merge.ipynb #f4bc96bc
+def _stored_tensors(path, layers):
+    "{name: (file, shape)} of the tensors in the model folder `path` that a backbone of `layers` layers may read."
+    stored = {}
+    for file in weight_files(path):
+        with safe_open(file, 'pt') as f:
+            for name in f.keys():
+                # the head over words is never used, nor are layers beyond the last
+                if name.startswith('lm_head.') or (block_of(name) or 0) >= layers: continue
+                stored[name] = file, tuple(f.get_slice(name).get_shape())
+    return stored
+
+def _adapted(stored, cfg, config):
+    "{stored tensor: name of the linear layer} for the layers with LoRA."
+    from transformers import AutoModel
+    if not cfg.rank: return {}
+    with torch.device('meta'): backbone = AutoModel.from_config(deepcopy(config))
+    layers = set(lora_targets(backbone, cfg.targets, cfg.lora_layers))
+    # a folder may name them from further up: model.layers.0… for layers.0…
+    adapted = {}
+    for tensor in stored:
+        parts = tensor.removesuffix('.weight').split('.')
+        ends = ('.'.join(parts[i:]) for i in range(len(parts)))
+        layer = next((end for end in ends if end in layers), None)
+        if layer and tensor.endswith('.weight'): adapted[tensor] = layer
+    missing = sorted(layers - set(adapted.values()))
+    if missing:
+        raise UserError(f'merge=True: {cfg.path} has no tensor for the layer {missing[0]}; leave merge off')
+    return adapted
+
+# %% ../../../nbs/3_model/10_merge.ipynb #b0cd72be
+_WEIGHT_BYTES = dict(int8=1.01, nf4=.53)   # of a weight in a linear layer, with its share of the scales
+_CARD_SHARE = .9                           # of a card's memory for weights; activations need the rest
+
+def _card_bytes(stored, quantization, itemsize, device):
+    "Bytes that the tensors take on the GPU `device`."
+    total = 0
+    for name, (_, shape) in stored.items():
+        n = math.prod(shape)
+        if len(shape) == 2 and block_of(name) is not None: total += n*_WEIGHT_BYTES.get(quantization, itemsize)
+        elif not stays_on_host(n*itemsize, device): total += n*itemsize
+    return total
+
+def _check_card(cfg, stored, itemsize, device):
+    "`UserError` where the merged model would not fit on the `device`; it says in which precision it would."
+    device = torch.device(device)
+    if device.type != 'cuda': return
+    memory = torch.cuda.get_device_properties(device).total_memory
+    takes = {q: _card_bytes(stored, q, itemsize, device) for q in ('none', 'int8', 'nf4')}
+    if takes[cfg.quantization] <= _CARD_SHARE*memory: return
+    fitting = [f'quantization={q} ({n/1e9:.1f} GB)' for q, n in takes.items() if n <= _CARD_SHARE*memory]
+    remedy = f"set {' or '.join(fitting)}, or leave merge off" if fitting else 'leave merge off'
+    raise UserError(f'merge=True: merged, with quantization={cfg.quantization}, the model takes '
+                    f'{takes[cfg.quantization]/1e9:.1f} GB, and {device} has {memory/1e9:.1f}; {remedy}')
+
+def _adapter_keys(layer):
+    "Names of LoRA's A and B of a `layer` in adapter.safetensors."
+    return [f'base_model.model.{layer}.lora_{x}.default.weight' for x in 'AB']
+
+def _check_adapters(file, stored, adapted, rank):
+    "`UserError` unless `file` holds A and B of each of the `adapted` layers, and nothing else."
+    try:
+        with safe_open(file, 'pt') as f: there = {key: tuple(f.get_slice(key).get_shape()) for key in f.keys()}
+    except Exception as e:
+        raise UserError(f'{file}: cannot be read ({first_line(e)}); copy the run folder again') from None
+    wanted = {}
+    for name, layer in adapted.items():
+        A, B = _adapter_keys(layer)
+        n_out, n_in = stored[name][1]
+        wanted |= {A: (rank, n_in), B: (n_out, rank)}
+    for key in sorted(wanted.keys() | there.keys()):
+        shapes = there.get(key, 'missing'), wanted.get(key, 'not in the model')
+        if shapes[0] == shapes[1]: continue
+        raise UserError(f'{file}: adapter tensor {key!r}: {shapes[0]}, wanted {shapes[1]}; the adapter was not saved '
+                        'whole or is of another model: train or copy it again')
+
+def _check_disk(stored, itemsize, folder):
+    "`UserError` where the disk of `folder` does not hold the merged copy."
+    wanted = sum(math.prod(shape)*itemsize for _, shape in stored.values())
+    free = shutil.disk_usage(folder).free
+    if wanted > free:
+        raise UserError(f'merge=True: the merged copy takes {wanted/1e9:.1f} GB, and {free/1e9:.1f} are free in '
+                        f'{folder}; free some, name a larger disk in UNDERDOG_CACHE, or leave merge off')
+
+# %% ../../../nbs/3_model/10_merge.ipynb #bf17e7fa
+_SHARD_BYTES = 2**30   # of a file that is written: so much is in memory at a time
+
+def _merged_tensors(stored, adapted, file, scaling, dtype):
+    "(name, tensor) of the `stored` tensors, read one at a time, with the adapters of `file` added, in `dtype`."
+    with safe_open(file, 'pt') as adapters:
+        for name, (source, _) in stored.items():
+            with safe_open(source, 'pt') as f: tensor = f.get_tensor(name)
+            if name in adapted:
+                A, B = (adapters.get_tensor(key) for key in _adapter_keys(adapted[name]))
+                tensor = torch.add(tensor.float(), B.float() @ A.float(), alpha=scaling)
+            yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+def _shards(tensors):
+    "Dicts of the (name, tensor) in `tensors`, as soon as one has `_SHARD_BYTES`; emptied when the next is asked for."
+    shard, size = {}, 0
+    for name, tensor in tensors:
+        shard[name], size = tensor.contiguous(), size + tensor.nbytes
+        if size < _SHARD_BYTES: continue
+        yield shard
+        shard.clear()   # one in memory, never two
+        size = 0
+    if shard: yield shard
+
+def _write_shards(tensors, folder):
+    "Write (name, tensor) pairs to `folder` as files with an index."
+    from safetensors.torch import save_file
+    files, total = {}, 0
+    for number, shard in enumerate(_shards(tensors), 1):
+        file = f'model-{number:05}.safetensors'
+        save_file(shard, folder/file, metadata=dict(format='pt'))
+        files |= dict.fromkeys(shard, file)
+        total += sum(tensor.nbytes for tensor in shard.values())
+    write_json(folder/'model.safetensors.index.json', dict(metadata=dict(total_size=total), weight_map=files))
+
+# %% ../../../nbs/3_model/10_merge.ipynb #dead2455
 def _tokenizer_files(folder):
     "What a model folder holds beside config and weights: the tokenizer and its template."
     for file in folder.iterdir():
         known = file.suffix in ('.json', '.model', '.txt', '.jinja')
         if known and file.name != 'config.json' and not file.name.endswith('.index.json'): yield file
 
-def merge(folder, out, base=None):
+def merge(folder, out, base=None, device='cpu', **changes):
     """Write backbone + adapters as plain weights to `out`, with tokenizer and head; returns a config that loads it.
 
-    `folder`: as `save_adapter` wrote it; `base`: where the backbone lies now, if it moved."""
+    `folder`: as `save_adapter` wrote it; `base`: where the backbone lies now, if it moved; `device`: where it will
+    compute; `changes` of its settings, such as the quantization of the merged model ('none' if left out)."""
     folder, out = resolve_input(folder), Path(out)
-    saved = _saved(folder)
-    moved = {'path': str(base)} if base else {}
-    cfg = coerce(ModelConfig, saved['model'] | {'quantization': 'none'} | moved)
-    # the same adapter on the unquantized base; `folder` may be read-only
-    with tempfile.TemporaryDirectory() as plain:
-        shutil.copytree(folder, plain, dirs_exist_ok=True)
-        write_json(Path(plain)/'model.json', saved | {'model': asdict(cfg)})
-        model = load_adapter(plain)
-    # weights, tokenizer, head
-    tmp = _fresh_folder(out)
-    merge_lora(model.backbone).save_pretrained(tmp)
-    for file in _tokenizer_files(resolve_input(cfg.path)): shutil.copy(file, tmp)
+    cfg = _settings(folder, base, {'quantization': 'none'} | changes)
+    path, dtype = resolve_input(cfg.path), compute_dtype(cfg, device)
+    config = backbone_config(path, cfg.layers)
+    # what cannot work
+    bits = stored_quantization(config)
+    if bits != 'none':
+        raise UserError(f'merge=True: {path} is stored as {bits}, adapters are added to unquantized weights only; '
+                        'leave merge off')
+    stored = _stored_tensors(path, config.num_hidden_layers)
+    adapted, file = _adapted(stored, cfg, config), folder/'adapter.safetensors'
+    _check_adapters(file, stored, adapted, cfg.rank)
+    _check_card(cfg, stored, dtype.itemsize, device)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _check_disk(stored, dtype.itemsize, out.parent)
+    # weights, config, tokenizer, head
+    tmp, scaling = _fresh_folder(out), cfg.alpha/max(cfg.rank, 1)
+    _write_shards(_merged_tensors(stored, adapted, file, scaling=scaling, dtype=dtype), tmp)
+    config.save_pretrained(tmp)
+    for file in _tokenizer_files(path): shutil.copy(file, tmp)
     (tmp/'head').mkdir()
     shutil.copy(folder/'head.safetensors', tmp/'head')
     _replace_folder(tmp, out)

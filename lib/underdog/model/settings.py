@@ -40,7 +40,7 @@ class ModelConfig(Settings):
     n_classes: int = 3             # 3: a, b, tie; 2: a, b
     seed: int = 0                  # of the head and of LoRA's first values
     int8_threshold: float = 6.0    # LLM.int8's outlier bound; 0: none, and rows do not depend on their batch
-    liger: bool = False            # Liger's element-wise kernels on a GPU (pip install '.[gpu]')
+    liger: bool = True             # Liger's element-wise kernels, on a GPU where liger-kernel is installed
     head_act: str = ''             # activation of the layer before the scores, '' none; found by `load_model`
 
     def __post_init__(self):
