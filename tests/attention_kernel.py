@@ -20,7 +20,7 @@ def spans_of(cu_seqlens_q, cu_seqlens_k):
 
 def scores_of(q, k, custom_mask_type, scale, window_size):
     "(H, n, m) of q (n, H, D) and k (m, H, D), masked."
-    n, m = len(q), len(k)
+    n, m, scale = len(q), len(k), scale or q.shape[-1]**-.5
     distance = torch.arange(m - n, m)[:, None] - torch.arange(m)
     visible = torch.ones_like(distance, dtype=torch.bool)
     if custom_mask_type == 2: visible &= distance >= 0
@@ -67,7 +67,7 @@ def efficient_attention_backward(
         # softmax backward
         grad_weights = torch.einsum('nhd,mhd->hnm', grad, v.float())
         delta = (grad*o).sum(-1).T[..., None]
-        grad_scores = weights*(grad_weights - delta)*scale
+        grad_scores = weights*(grad_weights - delta)*(scale or q.shape[-1]**-.5)
         grad_q[0, first:end] = torch.einsum('hnm,mhd->nhd', grad_scores, k.float()).to(query.dtype)
         grad_k[0, first_k:end_k] = torch.einsum('hnm,nhd->mhd', grad_scores, q.float()).to(key.dtype)
         grad_v[0, first_k:end_k] = torch.einsum('hnm,nhd->mhd', weights, grad).to(value.dtype)

@@ -44,9 +44,9 @@ def test_one_launch_is_the_loop(bases, family, head):
     looped, gradients = logits_and_gradients(model, packed)
     packed.plan.cache.clear()
     launched, launched_gradients = logits_and_gradients(use_one_launch(model), packed)
-    torch.testing.assert_close(launched, looped, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(launched, looped, rtol=1e-5, atol=1e-5)
     for a, b in zip(launched_gradients, gradients):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6*max(1, float(b.abs().max())))
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5*max(1, float(b.abs().max())))
 
 
 def symmetric_batch(model, head):
@@ -156,7 +156,7 @@ def no_memory(results): raise torch.OutOfMemoryError('as a GPU would')
 def test_a_wrong_kernel_is_found_out(operators, reason):
     choice = choose_attention(SIZES, CPU, torch.float32, operators)
     assert choice.attend is None
-    assert choice.line.startswith('attention: span by span; the kernel for all at once failed') and reason in choice.line
+    assert choice.line.startswith('attention: span by span; the kernel for all at once') and reason in choice.line
 
 
 def test_a_kernel_that_is_wrong_with_windows_alone():
@@ -211,6 +211,9 @@ def test_the_real_kernel_is_the_loop():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a card: the benchmark would run')
-def test_the_benchmark_says_why_it_is_skipped():
-    done = subprocess.run([sys.executable, '-m', 'benchmarks.varlen'], cwd=REPO, text=True, stdout=subprocess.PIPE)
-    assert json.loads(done.stdout.strip().splitlines()[-1]) == dict(skipped='no CUDA device')
+def test_the_benchmark_says_why_it_is_skipped(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(REPO)
+    monkeypatch.setattr(sys, 'argv', ['varlen'])
+    from benchmarks import varlen
+    varlen.main()
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == dict(skipped='no CUDA device')
