@@ -19,8 +19,9 @@ from typing import Callable
 
 import numpy as np
 
-from benchmarks.common import (FIELDS, LAYERS, RANK, attention_as_products, cpu_time, last_line, make_base, make_prompter,
-                               make_tokens, one_thread, paired_rounds, ratios, row_lengths, spread, table)
+from benchmarks.common import (FIELDS, LAYERS, RANK, attention_as_products, cpu_time, last_line, make_base,
+                               make_prompter, make_tokens, one_thread, paired_rounds, ratios, row_lengths, spread,
+                               table)
 from benchmarks.peer import hf_model
 from benchmarks.train import DEPTHS, copy_lora
 

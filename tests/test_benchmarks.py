@@ -34,7 +34,7 @@ def test_a_sample_is_even():
 
 def test_ratios_are_paired_by_round():
     results = dict(ours=[(10, 1), (10, 2), (10, 4)], peer=[(10, 2), (10, 4), (10, 8)])   # the machine slows down; the ratio stays
-    assert common.ratios(results, 'ours', 'peer') == dict(median=2, best=2, min=2, max=2)
+    assert common.ratios(results, 'ours', 'peer') == common.Ratio(median=2, best=2, min=2, max=2)
     seen = common.paired_rounds(dict(a=lambda i: (i + 1, 1.), b=lambda i: (2, 1.)), 3)
     assert seen == dict(a=[(1, 1.), (2, 1.), (3, 1.)], b=[(2, 1.)]*3)
 
@@ -56,7 +56,9 @@ def run(name, *args):
 @pytest.mark.skipif('train_sampling_strategy' not in TrainingArguments.__dataclass_fields__, reason="the peer's samplers are those of later versions of transformers")
 def test_train_computes_the_same_with_less():
     got = run('train', '--quick')
-    assert {'vs_trainer_default', 'vs_group_by_length', 'vs_kbit_recipe', 'token_efficiency', 'max_logit_diff', 'flops_predicted_over_measured'} <= set(got)
+    assert {'vs_trainer_default', 'vs_group_by_length', 'vs_group_by_length_32_layers', 'vs_group_by_length_42_layers',
+            'vs_kbit_recipe', 'vs_kbit_recipe_grouped', 'vs_flattened', 'token_efficiency', 'max_logit_diff',
+            'flops_predicted_over_measured'} <= set(got)
     assert got['max_logit_diff'] < 1e-5 and got['min_gradient_cosine'] > .9999 and got['token_efficiency'] >= .995 and got['attention_share'] < .15
     assert abs(got['flops_predicted_over_measured'] - 1) < .01 and 1.1 < got['last_layer_saving'] < 1.15
     for peer, least in {'Trainer, default': 2, 'Trainer, group_by_length': 1.1, 'Trainer, k-bit recipe': 3.5}.items(): assert got['operations_over_ours'][peer] > least
@@ -65,7 +67,7 @@ def test_train_computes_the_same_with_less():
 @slow
 def test_infer_computes_the_same_with_less():
     got = run('infer', '--rounds', '1', '--rows', '16')
-    assert {'vs_file_order', 'vs_sorted', 'both_orders_cost', 'symmetric_cost', 'two_worker_speedup'} <= set(got)
+    assert {'vs_file_order', 'vs_sorted', 'vs_sorted_42_layers', 'vs_flattened', 'both_orders_cost', 'symmetric_cost', 'two_worker_speedup'} <= set(got)
     operations = got['operations']
     assert got['max_logit_diff'] < 1e-5 and operations['padded, sorted'] > 1 and operations['padded, file order'] > 1.8
     assert operations['underdog, both orders'] < 1.95 and operations['underdog, symmetric'] < 1.1
@@ -89,10 +91,11 @@ def test_gpu_measures_what_it_says_on_a_cpu(name, kind, monkeypatch):
     model_type, shape = gpu.SHAPES[name]
     monkeypatch.setitem(gpu.SHAPES, name, (model_type, shape | small | (dict(num_key_value_heads=2, head_dim=16) if 'head_dim' in shape else {})))
     lengths = np.array([[3, 9, 4], [5, 2, 8], [1, 1, 1], [6, 12, 20]])
-    model = gpu.build(*gpu.SHAPES[name], kind, 'joint', 'cpu', torch.float32).eval()
+    place = gpu.Place('cpu', torch.float32, 1e12)
+    model = gpu.build(name, kind, 'joint', place).eval()
     packed, padded = ({int(r): z for b in gpu.batches_of(lengths, how, 'joint', model) for r, z in zip(b.rows, model(b))} for how in ('underdog', 'random'))
     for r in packed: torch.testing.assert_close(packed[r], padded[r], rtol=1e-3, atol=3e-2 if kind == 'int8' else 1e-4)
-    rows = gpu.measure(name, kind, lengths, 1, 'cpu', torch.float32, 1e12)
+    rows = gpu.measure(name, kind, lengths, rounds=1, place=place)
     jobs = {(r['job'], r['how']) for r in rows}
     assert ('infer', 'underdog') in jobs and all(r['useful_tokens_per_s'] > 0 and r['share_of_ceiling'] > 0 for r in rows)
     assert (('train', 'underdog') in jobs) == (kind != 'int8') and (('train, k-bit recipe', 'random') in jobs) == (kind == 'nf4')

@@ -200,6 +200,11 @@ def test_on_a_cpu_there_is_no_kernel(bases):
     assert Sizes.of(family_config('gemma2'), True) == Sizes(4, 4, 16, True)
 
 
+def test_a_run_says_which(finished):
+    line = 'attention: span by span, on a cpu'
+    assert finished.config['versions']['attention'] == line and line in finished.log_file.read_text()
+
+
 # ---- on a card
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device: the real kernel cannot be run')
 def test_the_real_kernel_is_the_loop():
