@@ -98,6 +98,8 @@ def build(name, kind, head, place):
     backbone.requires_grad_(False)
     # adapters and head
     planner = Planner(backbone)
+    planner.choose(config, place.device, place.dtype)
+    if place.cuda: print(f'{name}: {planner.attention.line}')
     cfg = ModelConfig('random', head=head, rank=RANK, pooling='read', quantization='none')
     head_module = make_head(cfg, config.hidden_size).to(place.device)
     return PreferenceModel(cfg, add_lora(backbone, cfg), head_module, place.dtype,

@@ -19,10 +19,15 @@ from typing import Callable
 
 import numpy as np
 
-from benchmarks.common import (FIELDS, RANK, attention_as_products, cpu_time, last_line, make_base, make_prompter,
-                               make_tokens, one_thread, paired_rounds, ratios, row_lengths, spread, table)
+from benchmarks.common import (FIELDS, LAYERS, RANK, attention_as_products, cpu_time, last_line, make_base,
+                               make_prompter, make_tokens, one_thread, paired_rounds, ratios, row_lengths, spread,
+                               table)
+from benchmarks.peer import hf_model
+from benchmarks.train import DEPTHS, copy_lora
 
 ROWS, BUDGET = 8, 2048
+KEYS_AND_VALUES = 2/16   # of a layer's products: two of 4 squares in attention, 12 in the MLP
+PEERS = ('vs_file_order', 'vs_sorted', 'vs_flattened')   # that compute every layer whole
 
 
 def load(base, head):
@@ -56,6 +61,20 @@ def predict_padded(model, tokens):
             batch = source.batch([(row, False) for row in part])
             logits[part] = model(batch).numpy()
             computed += batch.padded
+    return logits, computed
+
+
+def predict_flattened(model, tokens):
+    "Another peer: batches of 8 rows flattened, Transformers' way to do without padding, in the peer's own model."
+    import torch
+
+    from benchmarks.peer import Rows, flatten, flattened_logits
+    rows, logits, computed = Rows(tokens).items, np.empty((len(tokens), 3), np.float32), 0
+    with torch.no_grad():
+        for i in range(0, len(rows), ROWS):
+            ids, positions, last, _ = flatten(rows[i:i + ROWS])
+            logits[i:i + ROWS] = flattened_logits(model, ids, positions, last).numpy()
+            computed += ids.numel()
     return logits, computed
 
 
@@ -157,6 +176,7 @@ def make_sides(models, lengths, rows):
     return {
         'padded, file order': Side(partial(batches, 'file order'), partial(predict_padded, joint)),
         'padded, sorted': Side(partial(batches, 'sorted'), partial(predict_padded, joint)),
+        'flattened': Side(any_rows, partial(predict_flattened, models['peer'])),
         'underdog, one order': Side(any_rows, partial(predict_packed, joint)),
         'underdog, both orders': Side(any_rows, both),
         'underdog, pair': Side(any_rows, partial(predict_packed, models['pair'], head='pair')),
@@ -167,10 +187,22 @@ def make_sides(models, lengths, rows):
 COMPARED = dict(   # key of the JSON: a side and its peer
     vs_file_order=('underdog, one order', 'padded, file order'),
     vs_sorted=('underdog, one order', 'padded, sorted'),
+    vs_flattened=('underdog, one order', 'flattened'),
     both_orders_cost=('underdog, one order', 'underdog, both orders'),
     pair_cost=('underdog, one order', 'underdog, pair'),
     symmetric_cost=('underdog, one order', 'underdog, symmetric'),
 )
+
+
+def in_deeper_models(ratio, tokens):
+    """{layers: the speed over a peer, `ratio` with the layers here, in a model of so many}, by formula.
+
+    The last layer is computed only where it is read: its keys and values everywhere, 1/8 of its products with this
+    shape. What that saves is less in deeper models; nothing else changes."""
+    per_row = len(tokens)/(useful(tokens) + 4*len(tokens))   # a row is read at one token
+    last = KEYS_AND_VALUES + (1 - KEYS_AND_VALUES)*per_row
+    layers = lambda n: n/(n - 1 + last)   # all layers whole, over ours
+    return {depth: ratio*layers(depth)/layers(LAYERS) for depth in DEPTHS}
 
 
 def main():
@@ -184,27 +216,34 @@ def main():
     base = make_base(tempfile.mkdtemp() + '/base')
     print(f'lengths of {origin}')
     models = {head: load(base, head) for head in ('joint', 'pair', 'symmetric')}
+    models['peer'] = hf_model(base, kbit=False).eval()
+    copy_lora(models['joint'], models['peer'])
     sides = make_sides(models, lengths, args.rows)
     # equal results
     tokens = sides['underdog, one order'].draw(0)
     padded, packed = predict_padded(models['joint'], tokens)[0], predict_packed(models['joint'], tokens)[0]
-    difference = float(np.abs(padded - packed).max())
+    flattened, _ = predict_flattened(models['peer'], tokens)
+    difference = float(max(np.abs(packed - padded).max(), np.abs(flattened - padded).max()))
     # counters without noise
     counters = {name: side.counters() for name, side in sides.items()}
     counters = {name: (c/counters['underdog, one order']).tolist() for name, c in counters.items()}
     table('without noise: for each useful token, one order without padding = 1', ('', 'tokens computed', 'operations'),
           [(name, *c) for name, c in counters.items()])
-    print(f'largest difference of logits, packed to padded: {difference:.1e}')
+    print(f'largest difference of logits, packed and flattened to padded: {difference:.1e}')
     # paired rounds
     results = paired_rounds({name: side.timed for name, side in sides.items()}, args.rounds)
     compared = {key: ratios(results, side, peer) for key, (side, peer) in COMPARED.items()}
+    deeper = {key: in_deeper_models(compared[key].median, sides['underdog, one order'].draw(0)) for key in PEERS}
     columns = ('', 'median', 'best of each', 'least', 'greatest')
     table('useful tokens per CPU second, one order over the other', columns, [(k, *r) for k, r in compared.items()])
+    table('the same in deeper models, by formula', ('', *(f'{depth} layers' for depth in DEPTHS)),
+          [(key, *at.values()) for key, at in deeper.items()])
     # worker processes
     sample = spread(lengths.sum(1), 4*args.rows, np.random.default_rng(0))
     speedups = two_workers(base, lengths[sample], min(3, args.rounds))
     # figures
     figures = {key: ratio.median for key, ratio in compared.items()}
+    figures |= {f'{key}_{depth}_layers': ratio for key, at in deeper.items() for depth, ratio in at.items()}
     for name in ('min', 'max'):
         figures |= {f'{key}_{name}': getattr(ratio, name) for key, ratio in compared.items()}
     last_line(figures | dict(

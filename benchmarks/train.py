@@ -18,10 +18,11 @@ import numpy as np
 
 from benchmarks.common import (LAYERS, RANK, WIDTH, attention_as_products, last_line, make_base, make_prompter,
                                make_tokens, one_thread, paired_rounds, ratios, row_lengths, spread, table)
-from benchmarks.peer import (FORMAT, FROZEN, ROWS, Rows, epoch_batches, hf_model, pad, padded_sizes, run_trainer,
-                             trainer_order)
+from benchmarks.peer import (FORMAT, FROZEN, ROWS, Rows, epoch_batches, flatten, flattened_logits, hf_model, pad,
+                             padded_sizes, run_flattened, run_trainer, trainer_order)
 
 BUDGET = 1024   # tokens of a packed forward pass
+DEPTHS = (32, 42)   # layers of Mistral-7B and Gemma-2-9B
 POLICIES = ('random', 'group_by_length')   # the orders in which the Trainer's samplers draw rows
 
 
@@ -77,7 +78,9 @@ def peer_name(name):
 
 
 def equality(base, tokens):
-    "(largest difference of logits, least cosine of a gradient) between ours, packed, and the peer's, padded."
+    """(largest difference of logits, least cosine of a gradient) between ours, packed, and the peer's, padded.
+
+    Its flattened logits count, too."""
     import torch.nn.functional as F
     model, peer = our_model(base), hf_model(base, kbit=False)
     copy_lora(model, peer)
@@ -86,6 +89,8 @@ def equality(base, tokens):
     padded = pad(Rows(tokens).items)
     labels = padded.pop('labels')
     packed_logits, peer_logits = model.train()(batch), peer.train()(**padded).logits
+    *flat, _ = flatten(Rows(tokens).items)
+    flat_logits = flattened_logits(peer, *flat)
     for logits in (packed_logits, peer_logits): F.cross_entropy(logits, labels).backward()
     # logits, and the gradient of every adapter
     peer_gradients = {name: p.grad for name, p in peer.named_parameters() if 'lora' in name}
@@ -94,7 +99,8 @@ def equality(base, tokens):
         if not p.requires_grad: continue
         peer_gradient = peer_gradients[peer_name(name)]
         cosines.append(F.cosine_similarity(p.grad.flatten(), peer_gradient.flatten(), dim=0).item())
-    return (packed_logits - peer_logits).abs().max().item(), min(cosines)
+    difference = max((logits - peer_logits).abs().max().item() for logits in (packed_logits, flat_logits))
+    return difference, min(cosines)
 
 
 # ---- operations
@@ -133,24 +139,30 @@ def our_operations(model, batches):
     return counted(pass_over)
 
 
-def predicted_linear(tokens, read, frozen):
-    """Operations of the linear layers of a packed step by formula.
+def predicted_linear(tokens, read, frozen, layers=LAYERS):
+    """Operations of the linear layers of a packed step by formula, for a model of so many `layers`.
 
     2P forward, 2P for the gradients of inputs above the `frozen` layers, LoRA three times; the last layer's queries,
     output and MLP for `read` tokens only."""
     qkvo, mlp, kv = 4*WIDTH**2, 3*4*WIDTH**2, 2*WIDTH**2
     lora_kv, lora = RANK*4*WIDTH, RANK*(8*WIDTH + 3*5*WIDTH)
     total = 0
-    for layer in range(LAYERS):
+    for layer in range(layers):
         # multiply-adds of weights and adapters
         weights, adapters = tokens*(qkvo + mlp), tokens*lora
-        if layer == LAYERS - 1:
+        if layer == layers - 1:
             weights = tokens*kv + read*(qkvo + mlp - kv)
             adapters = tokens*lora_kv + read*(lora - lora_kv)
         total += 2*weights if layer < frozen else 4*weights + 6*adapters
         # nobody asks for the gradient of what enters the lowest trained layer
         if layer == frozen: total -= 2*tokens*(3*WIDTH**2 + 3*RANK*WIDTH)
     return total
+
+
+def last_layer_saving(tokens, read, frozen=0, layers=LAYERS):
+    "What computing the last layer only where it is read saves: operations of every layer whole, over ours."
+    whole, ours = (predicted_linear(tokens, n, frozen, layers) for n in (tokens, read))
+    return whole/ours
 
 
 # ---- the rows of a round
@@ -194,15 +206,21 @@ def count(models, draw):
         'Trainer, default': peer_operations(models['plain'], random_rows)/(plain.total/real),
         'Trainer, group_by_length': peer_operations(models['plain'], grouped_rows)/(plain.total/real),
         'Trainer, k-bit recipe': peer_operations(models['kbit'], random_rows)/(frozen.total/real),
+        'Trainer, k-bit recipe, group_by_length': peer_operations(models['kbit'], grouped_rows)/(frozen.total/real),
     }
     for model in models.values(): model.zero_grad()
-    # by formula
-    every_layer_whole = predicted_linear(computed, computed, 0)
+    # by formula: in deeper models one layer's saving is less
+    deeper = {}
+    for name, below in dict(plain=0, frozen=FROZEN).items():
+        here = last_layer_saving(computed, len(source), below)
+        savings = [last_layer_saving(computed, len(source), below*depth//LAYERS, depth) for depth in DEPTHS]
+        deeper[name] = {depth: saving/here for depth, saving in zip(DEPTHS, savings)}
     return dict(
         token_efficiency=real/computed,
         flops_predicted_over_measured=predicted_linear(computed, len(source), FROZEN)/frozen.linear,
         operations_over_ours=over_ours,
-        last_layer_saving=every_layer_whole/predicted_linear(computed, len(source), 0),
+        last_layer_saving=last_layer_saving(computed, len(source)),
+        saving_deeper=deeper,
         attention_share=plain.attention/plain.total,
     )
 
@@ -235,6 +253,8 @@ COMPARED = dict(   # key of the JSON: a side and its peer
     vs_trainer_default=('underdog', 'Trainer, default'),
     vs_group_by_length=('underdog', 'Trainer, group_by_length'),
     vs_kbit_recipe=('underdog, lower 3/8 frozen', 'Trainer, k-bit recipe'),
+    vs_kbit_recipe_grouped=('underdog, lower 3/8 frozen', 'Trainer, k-bit, group_by_length'),
+    vs_flattened=('underdog', 'Transformers, flattened rows'),
 )
 
 
@@ -249,9 +269,20 @@ def compare_speed(models, draw, rounds, folder):
         'Trainer, default': lambda i: run_trainer(plain, draw.peers('random', i), folder),
         'Trainer, group_by_length': lambda i: run_trainer(plain, draw.peers('group_by_length', i), folder),
         'Trainer, k-bit recipe': lambda i: run_trainer(kbit, draw.peers('random', i), folder),
+        'Trainer, k-bit, group_by_length': lambda i: run_trainer(kbit, draw.peers('group_by_length', i), folder),
+        'Transformers, flattened rows': lambda i: run_flattened(plain, draw.ours(i)),
     }
     results = paired_rounds(sides, rounds)
     return {key: ratios(results, side, peer) for key, (side, peer) in COMPARED.items()}
+
+
+def in_deeper_models(key, ratio, counters):
+    """{layers: `ratio` of the key as it would be in a model of so many layers}, by formula.
+
+    All that changes is the share of the last layer, which is computed only where it is read, with 8 layers here."""
+    side, _ = COMPARED[key]
+    saving = counters['saving_deeper']['frozen' if 'frozen' in side else 'plain']
+    return {depth: ratio*saving[depth] for depth in DEPTHS}
 
 
 def main():
@@ -279,9 +310,13 @@ def main():
     show_counters(draw, counters, difference, cosine)
     # paired rounds
     compared = compare_speed(models, draw, args.rounds, folder)
-    columns = ('peer', 'median', 'best of each', 'least', 'greatest')
-    table('useful tokens per CPU second, underdog over peer', columns, [(key, *r) for key, r in compared.items()])
+    deeper = {key: in_deeper_models(key, ratio.median, counters) for key, ratio in compared.items()}
+    at_depths = [f'{depth} layers, by formula' for depth in DEPTHS]
+    columns = ('peer', 'median', 'best of each', 'least', 'greatest', *at_depths)
+    table('useful tokens per CPU second, underdog over peer', columns,
+          [(key, *ratio, *deeper[key].values()) for key, ratio in compared.items()])
     figures = {key: ratio.median for key, ratio in compared.items()}
+    figures |= {f'{key}_{depth}_layers': ratio for key, at in deeper.items() for depth, ratio in at.items()}
     for name in ('min', 'max', 'best'):
         figures |= {f'{key}_{name}': getattr(ratio, name) for key, ratio in compared.items()}
     last_line(figures | counters | dict(max_logit_diff=difference, min_gradient_cosine=cosine, rounds=args.rounds,

@@ -66,7 +66,8 @@ def run(name, *args):
 )
 def test_train_computes_the_same_with_less():
     got = run('train', '--quick')
-    assert {'vs_trainer_default', 'vs_group_by_length', 'vs_kbit_recipe'} <= set(got)
+    assert {'vs_trainer_default', 'vs_kbit_recipe', 'vs_kbit_recipe_grouped', 'vs_flattened'} <= set(got)
+    assert {'vs_group_by_length', 'vs_group_by_length_32_layers', 'vs_group_by_length_42_layers'} <= set(got)
     assert got['max_logit_diff'] < 1e-5
     assert got['min_gradient_cosine'] > .9999
     assert got['token_efficiency'] >= .995
@@ -82,7 +83,8 @@ def test_train_computes_the_same_with_less():
 @slow
 def test_infer_computes_the_same_with_less():
     got = run('infer', '--rounds', '1', '--rows', '16')
-    assert {'vs_file_order', 'vs_sorted', 'both_orders_cost', 'symmetric_cost', 'two_worker_speedup'} <= set(got)
+    assert {'vs_file_order', 'vs_sorted', 'vs_sorted_42_layers', 'vs_flattened'} <= set(got)
+    assert {'both_orders_cost', 'symmetric_cost', 'two_worker_speedup'} <= set(got)
     operations = got['operations']
     assert got['max_logit_diff'] < 1e-5 and operations['padded, sorted'] > 1 and operations['padded, file order'] > 1.8
     assert operations['underdog, both orders'] < 1.95 and operations['underdog, symmetric'] < 1.1

@@ -131,6 +131,11 @@ def planned_attention(module, query, key, value, attention_mask, plan=None, **se
     window = settings.get('sliding_window')
     dropout = settings.get('dropout', 0.)
     scale = settings.get('scaling')
+    # all spans in one launch, where the planner knows a kernel for it
+    at_once = plan.cache.get('at_once')
+    if at_once is not None and not dropout:
+        output = at_once(query, key, value, plan, causal=causal, window=window, scale=scale)
+        if output is not None: return output, None
     # one span after the other
     how = dict(window=window, causal=causal, dropout_p=dropout, scale=scale)
     return _attend_spans(query, key, value, plan, **how).transpose(1, 2), None

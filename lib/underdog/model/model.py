@@ -111,7 +111,8 @@ def load_model(cfg, device='cpu', lora=True):
     Nothing in it is random except LoRA's A and a seeded head."""
     path = resolve_input(cfg.path)
     backbone = load_backbone(cfg, device)
-    planner = Planner(backbone)
+    planner, dtype = Planner(backbone), compute_dtype(cfg, device)
+    planner.choose(backbone.config, device, dtype)
     if HEADS[cfg.head].asks: planner.check_moves()
     # the head that the folder brings, or a fresh one
     stored = checkpoint_head(path, cfg, backbone.config) or StoredHead(None, cfg.head_act, HEADS[cfg.head].pooling)
@@ -122,7 +123,7 @@ def load_model(cfg, device='cpu', lora=True):
     if lora: backbone = add_lora(backbone, cfg)
     return PreferenceModel(
         cfg, backbone, head.to(device),
-        dtype=compute_dtype(cfg, device),
+        dtype=dtype,
         head_source='seeded' if stored.state is None else 'checkpoint',
         base_hash=base_hash(path),
         planner=planner)

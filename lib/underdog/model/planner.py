@@ -13,6 +13,8 @@ from ..text.pack import read_plan
 from .attention import register
 from .disentangled import plan_deberta
 from .read_layer import READ_TYPES, read_last_layer
+from .selftest import Choice, choose_attention
+from .varlen import Sizes
 
 # %% ../../../nbs/3_model/04_planner.ipynb #d1c56d52
 _CAUSAL = READ_TYPES
@@ -45,7 +47,14 @@ class Planner:
         self.rotary = getattr(backbone, 'rotary_emb', None)
         self.reads = config.model_type in READ_TYPES   # the last layer only where it is read
         self.holder = plan_deberta(backbone) if _plannable_deberta(config) else None
+        self.attention = Choice(None, '')
         if self.reads: read_last_layer(backbone)
+
+    def choose(self, config, device, dtype):
+        "Choose how attention is computed on `device` in `dtype`, by a test there (see `selftest`)."
+        if not attention_of(config): return
+        sizes = Sizes.of(config, causal=self.packing == 'causal')
+        self.attention = choose_attention(sizes, device, dtype)
 
     def check_moves(self):
         "`UserError` unless keys can be moved on: symmetric layouts need a causal model with plain rotary positions."
@@ -57,12 +66,12 @@ class Planner:
         """(K, h) states of the packed `batch` and the index (T,) of every token in them (-1: not computed).
 
         `read` (N,): the tokens whose states are needed."""
-        # what the layers need to know: who sees whom, which tokens are read, the rotary frequencies
+        # what the layers need to know: who sees whom, which tokens are read, the rotary frequencies, a kernel
         plan = batch.plan
         plan.last = read_plan(plan, read.cpu().numpy()) if self.reads else None
-        if self.rotary is not None:
-            plan.cache['inv_freq'] = self.rotary.inv_freq
-            if plan.last is not None: plan.last.cache['inv_freq'] = self.rotary.inv_freq
+        for known in filter(None, (plan, plan.last)):
+            known.cache['at_once'] = self.attention.attend
+            if self.rotary is not None: known.cache['inv_freq'] = self.rotary.inv_freq
         # where each token's state will be
         index = torch.arange(batch.tokens, device=batch.input_ids.device)
         if plan.last is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import UserError, coerce
+from ..core import UserError, coerce, write_json
 from ..machine import free_bytes, pick_dtype, quiet, seed_everything
 from ..session import Clock, Session, duration
 from ..process import run_worker
@@ -54,6 +54,7 @@ def start(run, cfg, accelerator):
     # the model
     model_cfg = coerce(ModelConfig, config['model'])
     model = load_model(model_cfg, device)
+    if accelerator.is_local_main_process: _note_attention(run, model.planner.attention.line)
     # the rows
     prompter = Prompter(coerce(PromptConfig, config['prompt']), model_cfg.path, model_cfg.head)
     source = RowSource(load_tokens(config['tokens']), prompter, model.packing)
@@ -67,6 +68,13 @@ def start(run, cfg, accelerator):
     memory = _plan_memory(model, data, cfg, accelerator)
     say('\n'.join([_sizes(model, data), memory, *_padding_warning(model, source, cfg)]), flush=True)
     return Training(model, data, cfg, accelerator), table
+
+def _note_attention(run, line):
+    "Print how attention is computed and keep it in the run's versions: results depend on it as on a library."
+    if not line: return
+    print(line, flush=True)
+    config = run.config
+    write_json(run.config_file, config | dict(versions=config['versions'] | dict(attention=line)))
 
 def _start_at_prior(head, prior):
     "Let a fresh `head` predict the class frequencies `prior` (C,)."
