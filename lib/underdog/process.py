@@ -36,6 +36,9 @@ def _environment(processes):
     # on a CPU oneDNN keeps a compiled kernel for each of up to 1,024 shapes; packs differ in length,
     # so they are hardly met again and memory grows for hours
     env.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '16')
+    # on a GPU freed memory of one size serves tensors of another; the setting has an old and a new name
+    names = ('PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF')
+    if not set(names) & set(env): env |= dict.fromkeys(names, 'expandable_segments:True')
     env |= dict(TOKENIZERS_PARALLELISM='false', UNDERDOG_PARENT=str(os.getpid()))
     env['PYTHONPATH'] = os.pathsep.join([str(library_root()), env.get('PYTHONPATH', '')])
     return env
