@@ -308,10 +308,15 @@ def test_nothing_of_a_pass_that_ran_out_of_memory_is_left(deep, monkeypatch, lay
     import underdog.training.step as step
     model, states, alive = trained(config(deep)), [], []
     training, tries = training_of(model, lambda tokens, layers: len(tries) > 1, checkpointing=layers)
-    for layer in blocks(model.backbone):
-        layer.mlp.register_forward_hook(lambda module, args, out: states.append(weakref.ref(out)))
+    # what enters each module, in the first try as far as it came; in a cycle, as some versions of torch leave it
+    def note(module, args):
+        if len(tries) > 1: return
+        states.extend(weakref.ref(x) for x in args)
+        cycle = [args]
+        cycle.append(cycle)
+    for module in model.backbone.modules(): module.register_forward_pre_hook(note)
     def released():
-        assert len(states) == 5
+        assert len(states) > 50
         before()
         alive.append(sum(ref() is not None for ref in states))
     before = step.release_memory
