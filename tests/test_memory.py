@@ -30,7 +30,8 @@ from underdog.training.settings import TrainConfig
 from underdog.training.step import FitData, Training
 
 
-def gradients(model, batch): return [p.grad for p in adapter_parameters(backward(model, batch)) + head_parameters(model)]
+def gradients(model, batch):
+    return [p.grad for p in adapter_parameters(backward(model, batch)) + head_parameters(model)]
 
 
 @pytest.mark.parametrize('how', ['packed', 'padded'])
