@@ -128,12 +128,15 @@ def test_machines_with_different_settings_are_refused(world, finished, tmp_path)
 
 
 def test_little_memory_makes_the_same_run(world, finished, tmp_path):
-    "What is computed twice for lack of memory changes no number."
+    "What is computed twice changes no number; smaller batches, which little memory asks for too, only by rounding."
+    twice = small_run(world, tmp_path/'twice', checkpointing='all')
+    assert finished.metrics()['loss'].dropna().tolist() == twice.metrics()['loss'].dropna().tolist()
+    pd.testing.assert_frame_equal(pd.read_parquet(finished.oof_file), pd.read_parquet(twice.oof_file))
     tight = small_run(world, tmp_path/'run', activation_gb=1e-6)
     assert 'computed twice (' in (tight.path/'train.log').read_text()
     assert 'no layer is computed twice' in (finished.path/'train.log').read_text()
-    assert finished.metrics()['loss'].dropna().tolist() == tight.metrics()['loss'].dropna().tolist()
-    pd.testing.assert_frame_equal(pd.read_parquet(finished.oof_file), pd.read_parquet(tight.oof_file))
+    np.testing.assert_allclose(finished.metrics()['loss'].dropna(), tight.metrics()['loss'].dropna(), atol=2e-4)
+    np.testing.assert_allclose(pd.read_parquet(finished.oof_file)[P], pd.read_parquet(tight.oof_file)[P], atol=2e-3)
 
 
 def test_training_from_the_floors_begins_at_the_floor_and_infers_with_it(world, tmp_path):

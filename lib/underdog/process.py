@@ -38,6 +38,9 @@ def _environment(processes, machines=1):
     env.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '16')
     # processes of one machine meet on its loopback, whatever other networks it has
     if processes > 1 and machines == 1: env.setdefault('NCCL_SOCKET_IFNAME', 'lo')
+    # on a GPU freed memory of one size serves tensors of another; the setting has an old and a new name
+    names = ('PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF')
+    if not set(names) & set(env): env |= dict.fromkeys(names, 'expandable_segments:True')
     env |= dict(TOKENIZERS_PARALLELISM='false', UNDERDOG_PARENT=str(os.getpid()))
     env['PYTHONPATH'] = os.pathsep.join([str(library_root()), env.get('PYTHONPATH', '')])
     return env

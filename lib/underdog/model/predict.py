@@ -14,7 +14,8 @@ from ..core import UserError
 from ..session import progress_bar
 from ..data.metrics import softmax
 from ..text.heads import HEADS
-from ..text.bins import rank_share
+from ..text.bins import pack_windows, plan_batches, rank_share
+from .memory import out_of_memory, release_memory
 
 # %% ../../../nbs/3_model/11_predict.ipynb #dd25473d
 def _device(model): return next(model.head.parameters()).device
@@ -23,25 +24,51 @@ def _device(model): return next(model.head.parameters()).device
 def part_logits(model, source, part, orders=(False,)):
     """Logits (len(orders), len(part), C) float32, on the model's device, of the rows `part` in one forward pass.
 
-    Halved where memory runs out; `UserError` where a single row is too much."""
-    device = _device(model)
-    position = {int(row): i for i, row in enumerate(part)}
-    try:
-        # a batch may hold its presentations in another order
-        batch = source.batch([(row, order) for row in part for order in orders]).to(device)
-        out = torch.zeros(len(orders), len(part), model.cfg.n_classes, device=device)
-        order_of = [orders.index(bool(swapped)) for swapped in batch.swapped]
-        place_of = [position[int(row)] for row in batch.rows]
-        out[order_of, place_of] = model(batch).float()
-        return out
-    except torch.OutOfMemoryError:
-        if len(part) == 1:
-            raise UserError('out of memory with a single row; set quantization=nf4 or a smaller max_length') from None
-    # out here, because the error holds on to the tensors of its pass
-    if device.type == 'cuda': torch.cuda.empty_cache()
-    print(f'out of memory with {len(part)} rows in a forward pass: half as many now', flush=True)
-    middle = len(part)//2
-    return torch.cat([part_logits(model, source, half, orders) for half in (part[:middle], part[middle:])], 1)
+    In smaller ones where memory has run out with so many tokens; `UserError` where a single row is too much."""
+    tokens = _tokens(source, part, orders)
+    smaller = tokens > getattr(model, 'fitting_tokens', tokens) and (len(part) > 1 or len(orders) > 1)
+    if not smaller:
+        try: return _one_pass(model, source, part, orders)
+        except Exception as error:
+            if not out_of_memory(error): raise
+            if len(part) == len(orders) == 1: raise UserError(_too_long(model, tokens)) from None
+        # out here, where the error holds on to nothing
+        release_memory()
+        model.fitting_tokens = tokens//2
+        print(f'out of memory with {tokens:,} tokens in a forward pass: {tokens//2:,} from now on', flush=True)
+    # one row in one order at a time
+    if len(part) == 1: return torch.cat([part_logits(model, source, part, (order,)) for order in orders])
+    # fewer rows at a time
+    out = torch.zeros(len(orders), len(part), model.cfg.n_classes, device=_device(model))
+    for places in _divide(source, part, orders, model.fitting_tokens):
+        out[:, places] = part_logits(model, source, [part[i] for i in places], orders)
+    return out
+
+def _one_pass(model, source, part, orders):
+    "`part_logits` in one forward pass."
+    device, position = _device(model), {int(row): i for i, row in enumerate(part)}
+    batch = source.batch([(row, order) for row in part for order in orders]).to(device)
+    out = torch.zeros(len(orders), len(part), model.cfg.n_classes, device=device)
+    # a batch may hold its presentations in another order
+    order_of = [orders.index(bool(swapped)) for swapped in batch.swapped]
+    place_of = [position[int(row)] for row in batch.rows]
+    out[order_of, place_of] = model(batch).float()
+    return out
+
+def _tokens(source, part, orders):
+    "Tokens that a forward pass of the rows `part` computes, padding included."
+    tokens = source.tokens_of(orders)[part]
+    return int(tokens.sum() if source.packing else tokens.max()*len(tokens))
+
+def _divide(source, part, orders, budget):
+    "Places of the rows `part` in groups of at most `budget` tokens; a longer row stands alone."
+    divide = pack_windows if source.packing else plan_batches
+    return [places.tolist() for places in divide(source.tokens_of(orders)[part], budget)]
+
+def _too_long(model, tokens):
+    "What to say of a single row of so many `tokens` that does not fit."
+    nf4 = '' if model.cfg.quantization == 'nf4' else 'set quantization=nf4, or '
+    return f'out of memory with a single row of {tokens:,} tokens; {nf4}train with a smaller max_length or model'
 
 # %% ../../../nbs/3_model/11_predict.ipynb #62abd50f
 def _never(): return False

@@ -22,9 +22,9 @@ class TrainConfig(Settings):
     share: float = 1.0           # of the training rows, by whole prompts; the held-out rows are the same for any share
     epochs: float = 1.0          # passes over the training rows; 0.5 is allowed
     batch_rows: int = 16         # rows per optimizer step, over all processes
-    batch_tokens: int = 4096     # tokens of one forward pass on one device; halved when memory runs out
+    batch_tokens: int = 4096     # tokens of one forward pass on one device; fewer where memory is short
     checkpointing: str = 'auto'  # layers with gradient checkpointing: auto (as few as possible), all, none or a number
-    activation_gb: float = 0.0   # memory for the backward pass; 0: four fifths of what the device has free
+    activation_gb: float = 0.0   # memory for the backward pass; 0: what the device has free, less all else
     lr: float = 2e-4             # peak learning rate of the adapters
     head_lr: float = 2e-3        # peak learning rate of the head's weights
     weight_decay: float = 0.01   # on adapter matrices; never on the head

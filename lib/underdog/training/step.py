@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 
 from ..core import UserError
+from ..model.memory import out_of_memory, release_memory
 from ..model.model import adapter_parameters, head_parameters
 from ..text.bins import rank_share
 from ..text.source import RowSource, present
+from .budget import MemoryPlan
 from .schedule import evaluation_steps, lr_factor, row_order, split_steps
 
 # %% ../../../nbs/4_training/02_step.ipynb #2070c25b
@@ -67,7 +69,7 @@ class Progress:
 
 class Training:
     "A run between two steps; `state` and `load` are what a checkpoint keeps."
-    def __init__(self, model, data, cfg, accelerator):
+    def __init__(self, model, data, cfg, accelerator, memory=None):
         self.model, self.data, self.cfg = model, data, cfg
         self.accelerator, self.world = accelerator, accelerator.num_processes
         # rows and labels, on the device
@@ -82,7 +84,8 @@ class Training:
         # what changes
         self.optimizer = accelerator.prepare_optimizer(_make_optimizer(model, cfg))
         self.params = [p for g in self.optimizer.param_groups for p in g['params']]
-        self.at = Progress(budget=cfg.batch_tokens)
+        self.memory = memory or MemoryPlan(model, cfg.batch_tokens)
+        self.at = Progress(budget=self.memory.budget)
         # seconds: of each of the last steps, and of an evaluation
         self.recent = deque(maxlen=10)
         self.evaluation_s = 0.0
@@ -145,24 +148,16 @@ class Training:
         return total.item(), tokens
 
     def _backward_in_memory(self, shown, weight):
-        "`backward`, again with half the token budget as often as memory runs out."
+        "`backward`, again as often as memory runs out, each time with less of it."
         while True:
             try: return self.backward(shown, weight)
-            except torch.OutOfMemoryError: pass
-            # throw away what was accumulated and begin again
+            except Exception as error:
+                if not out_of_memory(error): raise
+            # out here, where the error holds on to nothing: throw away what was accumulated and begin again
             for p in self.params: p.grad = None
-            if torch.cuda.is_available(): torch.cuda.empty_cache()
-            self._halve_budget()
-
-    def _halve_budget(self):
-        "Half the tokens in a forward pass from now on; `UserError` when that would be fewer than 64."
-        budget = self.at.budget
-        if budget < 128:
-            raise UserError(f'out of memory with {budget} tokens in a forward pass; set checkpointing=all, '
-                            'quantization=nf4 or a smaller max_length')
-        print(f'out of memory with {budget} tokens in a forward pass: {budget//2} from now on; '
-              'the rows of a step stay the same', flush=True)
-        self.at.budget = budget//2
+            release_memory()
+            print(self.memory.less(), flush=True)
+            self.at.budget = self.memory.budget
 
     def _sum_gradients(self):
         "Replace each gradient by its sum over all processes, in one message."
@@ -252,3 +247,4 @@ class Training:
         self.at = Progress(**state['progress'])
         same = state['batch_tokens'] == self.cfg.batch_tokens
         self.at.budget = min(budget, self.at.budget) if same else budget
+        if self.at.budget < budget: self.memory.fit(self.at.budget)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core import UserError, coerce, write_json
-from ..machine import free_bytes, pick_dtype, quiet, seed_everything
+from ..machine import pick_dtype, quiet, seed_everything
 from ..session import Clock, Session, duration
 from ..process import run_worker
 from ..runfolder import RunFolder, columns
@@ -21,10 +21,10 @@ from ..text.bins import padding_report, plan_batches
 from ..text.heads import HEADS
 from ..text.prompt import PromptConfig, Prompter
 from ..text.tokens import load_tokens
-from ..text.source import RowSource, present
-from ..model.memory import plan_memory
+from ..text.source import RowSource
 from ..model.model import load_model
 from ..model.settings import ModelConfig
+from .budget import plan_memory
 from .loop import fit, rehearse
 from .prepare import differences
 from .probe import start_from_probe
@@ -65,9 +65,9 @@ def start(run, cfg, accelerator):
     elif model.head_source != 'checkpoint': _start_at_prior(model.head, config['prior'])
     data = FitData(source, y, offset, train=np.flatnonzero(~held), held=np.flatnonzero(held))
     # memory
-    memory = _plan_memory(model, data, cfg, accelerator)
-    say('\n'.join([_sizes(model, data), memory, *_padding_warning(model, source, cfg)]), flush=True)
-    return Training(model, data, cfg, accelerator), table
+    memory = plan_memory(model, source, data.train, cfg)
+    say('\n'.join([_sizes(model, data), str(memory), *_padding_warning(model, source, cfg)]), flush=True)
+    return Training(model, data, cfg, accelerator, memory), table
 
 def _note_attention(run, line):
     "Print how attention is computed and keep it in the run's versions: results depend on it as on a library."
@@ -80,20 +80,6 @@ def _start_at_prior(head, prior):
     "Let a fresh `head` predict the class frequencies `prior` (C,)."
     import torch
     head.start_at(torch.log(torch.tensor(prior).clamp(min=1e-3)))
-
-def _plan_memory(model, data, cfg, accelerator):
-    "Choose the layers with gradient checkpointing, from what a row of median length takes: the line of `plan_memory`."
-    # a batch with that row
-    lengths = data.source.lengths[data.train]
-    median_row = data.train[np.argsort(lengths)[len(lengths)//2]]
-    orders = 'both' if cfg.orders == 'both' else 'given'
-    batch = data.source.batch(present([median_row], orders, model.cfg.head, None)).to(accelerator.device)
-    # a row that is longer than batch_tokens is a batch of its own
-    tokens = max(cfg.batch_tokens, int(lengths.max()))
-    # a fifth of the free memory is left for what is not planned
-    processes = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    room = cfg.activation_gb*1e9 or .8*free_bytes(accelerator.device, processes)
-    return plan_memory(model, batch, tokens, checkpointing=cfg.checkpointing, room=room)
 
 def _sizes(model, data):
     "How large model and data are: a line."
