@@ -86,15 +86,16 @@ class Health:
         steps = list(self.history)
         rows, lost = sum(step.rows for step in steps), sum(step.not_finite for step in steps)
         few = min(_FEW, rows)
-        if (last or len(steps) == _WINDOW) and lost > _LOST*rows and lost >= few:
-            raise Unhealthy(f'{lost} of the last {rows} rows gave a loss that is not finite: fp16 does not hold the '
-                            f'activations of this model; {_HOLDS}; if it began in the midst of the run, '
-                            'divide lr and head_lr by three')
         # the end: nothing will show any more whether it recovers
         end = takewhile(lambda step: step.not_finite and step.not_finite == step.rows, reversed(steps))
         if last and 0 < few <= sum(step.rows for step in end):
             raise Unhealthy('no row of the last steps gave a finite loss: the weights or activations have become too '
                             f'large for their dtype; divide lr and head_lr by three, or {_HOLDS}')
+        # enough to judge: twenty steps, or all that there are
+        if (last or len(steps) == _WINDOW) and lost > _LOST*rows and lost >= few:
+            raise Unhealthy(f'{lost} of the last {rows} rows gave a loss that is not finite: fp16 does not hold the '
+                            f'activations of this model; {_HOLDS}; if it began in the midst of the run, '
+                            'divide lr and head_lr by three')
 
     def _check_finite(self):
         if self._last(3, lambda step: not math.isfinite(step.loss)):
