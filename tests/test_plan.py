@@ -139,14 +139,22 @@ def test_a_recipe_has_the_defaults_of_the_configs_and_writes_none_again():
 
 def test_a_recipe_of_a_training_has_its_settings():
     model = ModelConfig('base', head='joint', rank=4, quantization='int8', lora_layers='-8:')
-    cfg = TrainConfig(epochs=2., evaluations=3, n_folds=4, orders='both')
-    wanted = dict(head='joint', max_length=512, epochs=2., rank=4, quantization='int8', evaluations=3)
+    cfg = TrainConfig(epochs=2., evaluations=3, eval_rows=500, n_folds=4, orders='both')
+    wanted = dict(head='joint', max_length=512, epochs=2., rank=4, quantization='int8', evaluations=3, eval_rows=500)
     recipe = Recipe.of_training(model, PromptConfig(max_length=512), cfg, layers=24)
     assert recipe == Recipe(**wanted, lora_layers=8, orders=2, held_out=.25)
     of = lambda **changes: Recipe.of_training(model, cfg=replace(cfg, **changes), layers=24)
     assert of(fold=-1).held_out == 0 and of(share=.1).epochs == .2 and of(orders='random').orders == 1
     for head in set(HEADS) - {'joint'}:
         assert Recipe.of_training(replace(model, head=head), cfg=cfg, layers=24).orders == 1, 'both orders are one'
+
+
+def test_evaluations_on_the_way_cost_their_sample():
+    assert Recipe(evaluations=3, held_out=.2, eval_rows=500).evaluated(10_000) == pytest.approx(.2 + 2*.05)
+    # few held-out rows are taken whole; 0: all of them each time; none without evaluations
+    assert Recipe(evaluations=3, held_out=.2, eval_rows=500).evaluated(1_000) == pytest.approx(.6)
+    assert Recipe(evaluations=3, held_out=.2, eval_rows=0).evaluated(10_000) == pytest.approx(.6)
+    assert Recipe(evaluations=0, held_out=.2).evaluated(10_000) == 0
 
 
 @pytest.mark.parametrize('text,reached', [('', 0), (':', 24), ('8:', 16), ('-8:', 8), ('2:6', 22), (':6', 24)])

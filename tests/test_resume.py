@@ -114,7 +114,7 @@ def test_resume_is_bit_equal_at_every_step(world, tmp_path, options):
 def test_a_rehearsal_leaves_no_trace_but_the_budget_and_finds_dead_adapters(world, monkeypatch):
     training = beginner(world)()
     before = {n: p.clone() for n, p in training.trained().items()}
-    assert rehearse(training) > 0 and training.at.step == 0 and training.evaluation_s > 0
+    assert rehearse(training) > 0 and training.at.step == 0 and training.evaluation_pace > 0
     assert all(torch.equal(p, before[n]) for n, p in training.trained().items())
     assert not training.optimizer.state_dict()['state']
     # a forward pass whose gradients reach the head alone

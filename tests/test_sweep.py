@@ -279,6 +279,20 @@ def test_early_stops_are_successive_halving():
     assert not falls_behind(known, 'a', [9.]) and not falls_behind({k: known[k] for k in 'abc'}, 'x', [9.])
 
 
+def test_the_score_is_the_last_evaluation_which_has_all_rows(tmp_path, kernel):
+    "One on the way may be on fewer rows, and lower by chance."
+    lucky = PRETEND.replace("eval_loss=loss)", "eval_loss=loss - .5*(i == 1), eval_rows=2 + i)")
+    file = tmp_path/'lucky.ipynb'
+    nb = nbformat.read(kernel, 4)
+    nb.cells[1].source = lucky
+    nbformat.write(nb, file)
+    sweep = read_sweep(write(tmp_path, kernel, other=str(file), trials=1, search='random'))
+    table = run_sweep(sweep, tmp_path/'out', say=silent)
+    curve = table['curve'].iloc[0]
+    assert min(curve) == curve[1] < curve[2] == table['loss'].iloc[0]
+    assert study_of(sweep, tmp_path/'out').best_value == curve[2]
+
+
 def test_figures_of_every_kind_of_parameter(tmp_path, kernel):
     "Logarithmic, linear, and a list; the importance is that of the parameter that matters."
     space = LOG_LR | dict(rank=[4, 8], fail_above=dict(low=1., high=2.))

@@ -70,7 +70,7 @@ def plot_loss(metrics, floors=None, best=None):
     if 'loss' in metrics: _plot_training(ax, metrics[metrics['loss'].notna()])
     if 'eval_loss' in metrics:
         held = metrics[metrics['eval_loss'].notna()]
-        ax.plot(held['step'], held['eval_loss'], 'o-', color=_COLOURS['b'], label='held out')
+        ax.plot(held['step'], held['eval_loss'], 'o-', color=_COLOURS['b'], label=_held_out(held))
 
     # what must be beaten, and what cannot be
     for (name, loss), style in zip((floors or {}).items(), ('-', '--', ':')):
@@ -80,6 +80,12 @@ def plot_loss(metrics, floors=None, best=None):
     ax.set(xlabel='optimizer step', ylabel='log loss (nats)')
     ax.legend(frameon=False, fontsize=8, loc='upper right')
     return fig
+
+def _held_out(held):
+    "'held out', and on how many rows where that is noted; evaluations on the way may be on fewer than the last one."
+    if 'eval_rows' not in held: return 'held out'
+    first, last = int(held['eval_rows'].iloc[0]), int(held['eval_rows'].iloc[-1])
+    return f'held out, {last:,} rows' if first == last else f'held out, {first:,} rows, at last {last:,}'
 
 def _plot_training(ax, train):
     ax.plot(train['step'], train['loss'], color=_COLOURS['a'], alpha=.25, linewidth=.8)

@@ -8,6 +8,7 @@ __all__ = ['part_logits', 'predict_logits', 'orders_of', 'predict_both']
 # %% ../../../nbs/3_model/11_predict.ipynb #eedc3d9d
 from typing import Callable, NamedTuple
 
+import numpy as np
 import torch
 
 from ..core import UserError
@@ -130,8 +131,11 @@ def predict_both(model, source, rows, offset=None, tta=True, **how):
 
 # %% ../../../nbs/3_model/11_predict.ipynb #763c3cab
 def combine_orders(logits, offset=None):
-    """Logits (orders, n, C) -> dict of (n, C) arrays.
+    """Logits (orders, n, C) -> dict of (n, C) arrays, and `finite`.
 
-    `logits`: of the first order, with `offset`; `one`: its probabilities; `both`: their mean over the orders."""
+    `logits`: of the first order, with `offset`; `one`: its probabilities; `both`: their mean over the orders.
+    `finite` (n,): all logits of a row are finite; the others are taken for 0, so that `offset` alone answers."""
+    finite = np.isfinite(logits).all((0, 2))
+    logits = np.where(finite[:, None], logits, 0)
     if offset is not None: logits = logits + offset
-    return dict(logits=logits[0], one=softmax(logits[0]), both=softmax(logits).mean(0))
+    return dict(logits=logits[0], one=softmax(logits[0]), both=softmax(logits).mean(0), finite=finite)

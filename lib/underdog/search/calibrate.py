@@ -61,10 +61,11 @@ def _measure(run, steps=8):
     computed = sum(f['tokens'] for f in figures)
     speed = computed/sum(f['seconds'] for f in figures)
     # the held-out rows
-    held_tokens, held_speed = _time_evaluation(training, accelerator)
+    held_speed = _evaluation_speed(training, accelerator)
+    held_tokens = sum(training.evaluation_tokens(step) for step in training.evaluations)
     # all of it
     per_token = computed/max(1, sum(tokens[i] for i in timed))   # both orders cost more than their rows
-    seconds = tokens.sum()*per_token/speed + len(training.evaluations)*held_tokens/held_speed
+    seconds = tokens.sum()*per_token/speed + held_tokens/held_speed
     write_json(_calibration_file(run), asdict(Calibration(
         tokens_per_s=speed,
         evaluation_tokens_per_s=held_speed if math.isfinite(held_speed) else 0.,
@@ -75,17 +76,17 @@ def _measure(run, steps=8):
         memory_gb=peak_memory_gb(),
         timed_steps=len(figures))))
 
-def _time_evaluation(training, accelerator):
-    "(tokens of an evaluation, tokens per second of 64 of its rows); (0, infinity) where none are held out."
+def _evaluation_speed(training, accelerator):
+    "Tokens per second of an evaluation, from 64 of its rows; infinity where none are held out."
     held, source = training.data.held, training.data.source
-    if not len(held): return 0., math.inf
+    if not len(held): return math.inf
     orders = orders_of(source.head)
     tokens = source.tokens_of(orders)
     sample = held[_spread(source.lengths[held], 64)]
     began = time.monotonic()
     budget = 2*training.cfg.batch_tokens   # as in a training: nothing is kept for a backward pass
     predict_logits(training.model, source, sample, orders, budget=budget, accelerator=accelerator, what='time')
-    return float(tokens[held].sum()), tokens[sample].sum()/(time.monotonic() - began)
+    return tokens[sample].sum()/(time.monotonic() - began)
 
 # %% ../../../nbs/6_search/05_calibrate.ipynb #15978a7d
 def calibrate(train_csv, model, prompt=PromptConfig(), cfg=TrainConfig(), competition='', steps=8):

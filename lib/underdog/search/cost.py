@@ -159,6 +159,6 @@ def train_hours(setup, work, batch_tokens, recomputed):
     passes = 1 + (setup.trained + recomputed)/shape.layers
     training = hours(setup, operations, share*work.tokens, passes, batch_tokens=batch_tokens)
     # evaluations keep nothing for a backward pass, so their batches are twice as large
-    seen = recipe.evaluations*recipe.held_out
+    seen = recipe.evaluated(work.rows)
     operations = seen*forward_operations(shape, work)
     return training + hours(setup, operations, seen*work.tokens, 1, batch_tokens=2*batch_tokens)

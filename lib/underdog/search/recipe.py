@@ -30,6 +30,7 @@ class Recipe:
     tta: bool = InferConfig.tta                    # all orders in inference
     held_out: float = 1/TrainConfig.n_folds        # of the rows
     evaluations: int = TrainConfig.evaluations
+    eval_rows: int = TrainConfig.eval_rows         # of the evaluations before the last one; 0: all that are held out
     batch_tokens: int = 0                          # of a forward pass; 0: what is fastest
     frame_tokens: int = 20                         # of a sequence: what stands around its texts
 
@@ -59,7 +60,14 @@ class Recipe:
             quantization=model.quantization,
             orders=len(HEADS[model.head].orders) if both else 1,
             held_out=1/cfg.n_folds if holds_out else 0.,
-            evaluations=cfg.evaluations)
+            evaluations=cfg.evaluations,
+            eval_rows=cfg.eval_rows)
+
+    def evaluated(self, rows):
+        "Share of all `rows` (their number) that the evaluations predict together: the last one all that are held out."
+        if not self.evaluations: return 0.
+        sample = min(self.held_out, self.eval_rows/rows) if self.eval_rows else self.held_out
+        return self.held_out + (self.evaluations - 1)*sample
 
 def _reached_layers(text, layers):
     "How many of the `layers` a backward pass reaches: from the lowest one with LoRA to the top; 0 is all of them."

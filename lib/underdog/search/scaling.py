@@ -145,7 +145,7 @@ def _per_hour_over_cheapest(table):
 # %% ../../../nbs/6_search/10_scaling.ipynb #5351e528
 # settings that make no other one: they change speed, or the rows
 _UNCHANGED = {'tokenizer', 'share', 'seed', 'batch_tokens', 'checkpointing', 'activation_gb', 'log_every',
-              'evaluations', 'fold', 'n_folds'}
+              'evaluations', 'eval_rows', 'fold', 'n_folds'}
 
 class RunPoint(NamedTuple):
     "What a finished run says of its setting."

@@ -136,14 +136,9 @@ def trials_table(study):
         rows[name] = dict(
             trial=name, **t.params,
             state='interrupted' if state == 'fail' else state,
-            loss=_score(state, losses),
+            loss=losses[-1] if losses else math.nan,   # earlier ones may be of fewer rows
             evaluations=len(losses), **costs,
             why=t.user_attrs.get('why', ''),
             curve=losses)
     empty = ['trial', 'state', 'loss', 'evaluations', *_COSTS, 'why', 'curve']
     return pd.DataFrame(list(rows.values()), columns=None if rows else empty)
-
-def _score(state, losses):
-    "The loss of a trial: the best of its evaluations when it is complete, the last one else; NaN without any."
-    if not losses: return math.nan
-    return min(losses) if state == 'complete' else losses[-1]

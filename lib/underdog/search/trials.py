@@ -131,7 +131,7 @@ def _tell(trial_run, state, losses):
     study, trial = trial_run.study, trial_run.trial
     trial.set_user_attr('curve', losses)
     trial.set_user_attr('state', state)
-    if state == 'complete': study.tell(trial, min(losses))
+    if state == 'complete': study.tell(trial, losses[-1])
     elif state == 'pruned':
         trial.report(losses[-1], len(losses))
         study.tell(trial, state=TrialState.PRUNED)

@@ -6,7 +6,7 @@
 __all__ = ['rehearse', 'Silent', 'fit']
 
 # %% ../../../nbs/4_training/03_loop.ipynb #ed3ac814
-import copy, time
+import copy, math, time
 
 import numpy as np
 
@@ -49,7 +49,7 @@ def rehearse(training):
     t.at.budget = memory_budget
     speed = figures['tokens']/figures['seconds']
     # a forward pass alone takes a third of a step; half, to be on the safe side
-    t.evaluation_s = source.tokens_of(orders)[t.data.held].sum()/speed/2
+    t.evaluation_pace = 1/speed/2
     return speed
 
 # %% ../../../nbs/4_training/03_loop.ipynb #0f11f0f7
@@ -60,8 +60,8 @@ class Silent:
     def save(self): "Called when a checkpoint is due, and before the loop stops early."
     def evaluate(self, step): "Called for an evaluation after `step`; False when it was stopped before its end."
 
-_LOOKED_AT = ('loss', 'prior_loss', 'head_norm', 'adapter_norm', 'skipped', 'busy')
-_LOGGED = ('loss', 'prior_loss', 'grad_norm', 'skipped')
+_LOOKED_AT = ('loss', 'prior_loss', 'head_norm', 'adapter_norm', 'skipped', 'busy', 'rows', 'not_finite')
+_LOGGED = ('loss', 'prior_loss', 'grad_norm', 'skipped', 'not_finite')
 
 def fit(training, recorder=Silent(), session=None):
     "Train to the end, or until `session` asks to stop; returns '' or the reason for the stop."
@@ -82,11 +82,12 @@ def fit(training, recorder=Silent(), session=None):
                 continue
             # a step
             figures = t.step()
-            bar.set_postfix(loss=f'{t.at.loss:.4f}', tok_s=f'{t.at.tokens/t.at.busy_s:,.0f}', refresh=False)
+            bar.set_postfix(loss=f'{t.at.loss or math.nan:.4f}', tok_s=f'{t.at.tokens/t.at.busy_s:,.0f}', refresh=False)
             bar.update(figures['rows'])
             # report it, and save when it is time
-            recorder.look(step=t.at.step, **{k: figures[k] for k in _LOOKED_AT})
-            if t.at.step % t.cfg.log_every == 0 or t.at.step == len(t.plan): _log(t, recorder, figures, began)
+            last = t.at.step == len(t.plan)
+            recorder.look(step=t.at.step, last=last, **{k: figures[k] for k in _LOOKED_AT})
+            if t.at.step % t.cfg.log_every == 0 or last: _log(t, recorder, figures, began)
             if t.agree(session.save_due()): _save(t, recorder, session, began)
     t.at.elapsed_s = time.monotonic() - began
     return ''
@@ -97,10 +98,10 @@ def _save(training, recorder, session, began):
     with session.saving(): recorder.save()
 
 def _evaluate(training, recorder):
-    "The evaluation that is due; the longest one so far tells how much time to leave for the next."
-    began = time.monotonic()
+    "The evaluation that is due; the slowest one so far tells how much time to leave for the next."
+    began, tokens = time.monotonic(), training.evaluation_tokens(training.at.step)
     training.at.evaluated = recorder.evaluate(training.at.step) is not False
-    training.evaluation_s = max(training.evaluation_s, 1.2*(time.monotonic() - began))
+    training.evaluation_pace = max(training.evaluation_pace, 1.2*(time.monotonic() - began)/max(1, tokens))
 
 def _log(training, recorder, figures, began):
     "The line of metrics of the step that was just made."

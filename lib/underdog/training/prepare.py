@@ -29,7 +29,7 @@ from .settings import TrainConfig
 
 # %% ../../../nbs/4_training/07_prepare.ipynb #e7f8b831
 # settings that may differ, as they change speed, not results
-_FREE = ('batch_tokens', 'checkpointing', 'activation_gb', 'log_every')
+_FREE = ('batch_tokens', 'checkpointing', 'activation_gb', 'log_every', 'eval_rows')
 # settings that may differ where a person asks to go on with a run
 _LOOSE = ('lr', 'head_lr', 'weight_decay', 'max_grad_norm')
 

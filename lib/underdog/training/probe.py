@@ -14,6 +14,7 @@ import torch
 
 from ..session import progress_bar
 from ..text.bins import rank_share
+from .health import Unhealthy
 
 # %% ../../../nbs/4_training/06_probe.ipynb #10fda24d
 @torch.no_grad()
@@ -124,15 +125,25 @@ def start_from_probe(model, data, groups, rows, seed=0, accelerator=None):
     """A line that says how good the probe is that now fills the `pair` head of `model`.
 
     It is fitted on at most `rows` of the training rows of `data` (`FitData`); `groups` (n,) numbers their prompts."""
+    from accelerate.utils import broadcast_object_list
     # features of the rows that the seed chooses
     chosen = np.sort(np.random.default_rng(seed).permutation(data.train)[:rows])
     features = pair_features(model, data.source, chosen, accelerator=accelerator)
-    differences = features[:, 0] - features[:, 1]
-    # the fit
-    head = model.head
-    offset = None if data.offset is None else data.offset[chosen]
-    tie = None if head.tie is None else head.tie.detach().double().cpu()
-    probe = fit_probe(differences, data.y[chosen], offset=offset, tie=tie, groups=groups[chosen])
+    # without those that fp16 does not hold
+    finite = features.isfinite().all(2).all(1)
+    if not finite.any():
+        raise Unhealthy(f'the hidden states of all {len(chosen)} rows that were tried are not finite: the weights are '
+                        'broken, or their activations too large for the dtype; try dtype=float32 or another model')
+    chosen, features = chosen[finite.numpy()], features[finite]
+    # the fit, by one process for all: two fits would part in their last digits, and the processes with them
+    head, probes = model.head, [None]
+    if accelerator is None or accelerator.is_main_process:
+        offset = None if data.offset is None else data.offset[chosen]
+        tie = None if head.tie is None else head.tie.detach().double().cpu()
+        probes = [fit_probe(features[:, 0] - features[:, 1], data.y[chosen], offset=offset, tie=tie,
+                            groups=groups[chosen])]
+    if accelerator is not None: broadcast_object_list(probes)
+    probe, = probes
     # into the head
     with torch.no_grad():
         head.score.weight.copy_(probe.weights[None])

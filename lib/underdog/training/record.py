@@ -8,6 +8,8 @@ __all__ = ['oof_losses', 'Recorder']
 # %% ../../../nbs/4_training/08_record.ipynb #621d63fa
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..core import atomic_path
 from ..runfolder import RunFolder, columns
 from ..session import Session
@@ -17,7 +19,7 @@ from ..data.metrics import log_loss
 from ..model.merge import save_adapter
 from ..model.predict import predict_both
 from .checkpoint import Checkpoints
-from .health import Health, check_spread
+from .health import Health, check_finite, check_spread
 from .step import Training
 
 # %% ../../../nbs/4_training/08_record.ipynb #c6032d56
@@ -30,6 +32,12 @@ def _oof_table(table, comp, rows, predicted):
     for prefix, key in dict(p='both', one='one', l='logits').items():
         oof[columns(prefix, comp)] = predicted[key]
     return oof
+
+def _answer_all(predicted, baseline):
+    "`predicted`, with the answer of the `baseline` (n, C) where logits are not finite."
+    answers = dict(logits=np.log(baseline), one=baseline, both=baseline)
+    finite = predicted['finite'][:, None]
+    return {key: np.where(finite, predicted[key], answer) for key, answer in answers.items()}
 
 def oof_losses(oof, comp):
     "{name: log loss} of every prediction in the table `oof`: model (one order), tta (mean of both) and the baselines."
@@ -50,6 +58,8 @@ class Recorder:
     def __post_init__(self):
         self.main = self.training.accelerator.is_local_main_process
         self.checkpoints = Checkpoints(self.run.checkpoint)
+        # what answers a row that the model cannot answer: the same as in inference
+        self.best = columns(f"floor_{self.run.config['best_floor']}", self.comp)
         warm = round(self.training.cfg.warmup*len(self.training.plan))
         self.look = Health(warm, self.say).look
 
@@ -71,25 +81,32 @@ class Recorder:
     def evaluate(self, step):
         "Predict the held-out rows and write oof.parquet; False when the session ended before the last of them."
         t, data = self.training, self.training.data
-        if not len(data.held): return True
+        rows = t.evaluated_rows(step)
+        if not len(rows): return True
         # all processes predict
-        offset = None if data.offset is None else data.offset[data.held]
-        predicted = predict_both(t.model, data.source, data.held, offset, budget=2*t.cfg.batch_tokens,
+        offset = None if data.offset is None else data.offset[rows]
+        predicted = predict_both(t.model, data.source, rows, offset, budget=2*t.cfg.batch_tokens,
                                  accelerator=t.accelerator, what='evaluate', stop=self.session.asked)
         if predicted is None: return False
-        check_spread(predicted['logits'], offset)
+        finite = predicted['finite']
+        check_finite(finite)
+        check_spread(predicted['logits'][finite], None if offset is None else offset[finite])
         # one of them writes
-        if self.main: self._write(step, _oof_table(self.table, self.comp, data.held, predicted))
+        predicted = _answer_all(predicted, self.table.iloc[rows][self.best].to_numpy())
+        if self.main: self._write(step, _oof_table(self.table, self.comp, rows, predicted), lost=int((~finite).sum()))
         return True
 
-    def _write(self, step, oof):
-        "Write oof.parquet and a line of metrics; say how good model and baselines are."
+    def _write(self, step, oof, lost):
+        """Write oof.parquet and a line of metrics; say how good model and baselines are on the same rows.
+
+        `lost`: how many rows the best baseline has answered."""
         losses = oof_losses(oof, self.comp)
         with atomic_path(self.run.oof_file) as tmp: oof.to_parquet(tmp)
         figures = {f'eval_{name}': loss for name, loss in losses.items()}
-        self.run.log(step=step, eval_rows=len(oof), eval_loss=losses['tta'], **figures)
+        self.run.log(step=step, eval_rows=len(oof), eval_not_finite=lost, eval_loss=losses['tta'], **figures)
         others = ', '.join(f'{name} {loss:.4f}' for name, loss in losses.items() if name != 'tta')
-        self.say(f'step {step}: held-out log loss {losses["tta"]:.4f} ({others})')
+        self.say(f'step {step}: held-out log loss {losses["tta"]:.4f} on {len(oof):,} rows ({others})')
+        if lost: self.say(f'warning: {lost} of them have no finite logits and got the answer of the best baseline')
 
     def finish(self, reason):
         "Leave the run folder finished, with its adapter, or with a `reason` paused, with its checkpoints."

@@ -14,7 +14,7 @@ from ..core import Settings, UserError, nearest
 _CHOICES = dict(orders=('random', 'both', 'given'), start=('floors', 'none'))
 _CHECKPOINTING = ('auto', 'all', 'none')   # or a number of layers
 _ABOVE_0 = ('epochs', 'batch_rows', 'batch_tokens', 'lr', 'head_lr', 'max_grad_norm', 'log_every', 'evaluations')
-_NOT_NEGATIVE = ('activation_gb', 'probe_rows', 'seed', 'weight_decay')
+_NOT_NEGATIVE = ('activation_gb', 'probe_rows', 'eval_rows', 'seed', 'weight_decay')
 
 @dataclass(frozen=True)
 class TrainConfig(Settings):
@@ -36,6 +36,7 @@ class TrainConfig(Settings):
     n_folds: int = 5             # prompt-grouped folds
     fold: int = 0                # the fold held out; -1 trains on every row
     evaluations: int = 2         # evaluations on the held-out fold, evenly spaced, the last one at the end
+    eval_rows: int = 2000        # held-out rows, at most, of evaluations before the last one; 0: all, as at the end
     log_every: int = 1           # steps between lines of metrics.jsonl
     seed: int = 0                # of everything random
 
