@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import nbformat
 import pytest
-from kaggle_server import QUOTA, SESSIONS, KaggleServer, write_notebook
+from kaggle_server import QUOTA, SESSIONS, write_notebook
 
 from underdog.core import UserError
 from underdog.kernels import find_kernel
@@ -30,18 +30,6 @@ from underdog.kaggle.ship import library_bundle, remote_manifest, ship, ship_mod
 from underdog.kaggle.watch import follow_log, kernel_state, pull_output, wait_for_kernel
 
 CPU = PushConfig(shape='', gpus=0)
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    for name in ('UNDERDOG_HOME', 'UNDERDOG_CACHE'): monkeypatch.setenv(name, str(tmp_path/name))
-    kaggle = KaggleServer(tmp_path/'server').start()
-    yield kaggle
-    kaggle.stop()
-
-
-@pytest.fixture
-def hub(server): return Hub(poll_s=.05, first_pause_s=.01)
 
 
 @pytest.fixture
@@ -111,10 +99,10 @@ def test_a_dropped_source_is_an_error_and_the_kernel_stops_in_its_first_cell(ser
     assert 'is not mounted' in kernel_state(hub, 'me/small-kernel').why
 
 
-def test_a_replaced_shape_is_an_error_and_costs_seconds(server, hub, kernel):
-    server.replace_shape = 'NvidiaTeslaP100'
-    with pytest.raises(UserError, match='NvidiaTeslaT4 was asked for and Kaggle gave NvidiaTeslaP100'):
-        push_kernel(hub, kernel, {}, 'small-kernel')
+def test_a_replaced_shape_is_a_doubt_and_costs_seconds(server, hub, kernel):
+    server.replace_shape = 'NvidiaL4'
+    pushed = push_kernel(hub, kernel, {}, 'small-kernel')
+    assert 'NvidiaTeslaT4 was asked for and Kaggle shows NvidiaL4' in pushed.doubt
     server.job('me/small-kernel')
     assert '2 GPUs were asked for and there are 1' in kernel_state(hub, 'me/small-kernel').why
 
@@ -338,25 +326,6 @@ def test_the_table_of_scores_survives_a_torn_line_and_knows_competitions_apart(s
 
 
 # ---- the relay
-COUNTER = '''import json, os, time
-from pathlib import Path
-before = Path(os.environ['UNDERDOG_KAGGLE'])/'input'/resume_from/'status.json'
-step = json.loads(before.read_text())['step'] if resume_from else 0
-if step == bad: raise ValueError('a bad step')
-time.sleep(nap)
-step = min(10, step + 4)
-Path(out).mkdir()
-status = dict(state='finished' if step == 10 else 'paused', step=step, of=10)
-Path(out, 'status.json').write_text(json.dumps(status))'''
-PARAMETERS = "out = 'run'\nresume_from = ''\ntime_limit = -1.0\nnap = 0.0\nbad = -1"
-
-
-@pytest.fixture
-def count(tmp_path):
-    "A kernel that takes three sessions to count to ten."
-    return write_notebook(tmp_path/'count.ipynb', COUNTER, parameters=PARAMETERS)
-
-
 def test_a_relay_whose_laptop_dies_goes_on_from_another(server, hub, tmp_path, count):
     code = '''import sys
 from underdog.kaggle.account import Hub

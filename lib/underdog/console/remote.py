@@ -135,6 +135,7 @@ def push(
     pushed = push_kernel(hub, kernel, params(param), slug, settings)
     note_pushed(pushed)
     typer.echo(f'{pushed.ref}: version {pushed.version} on {pushed.shape or "a CPU"}, push {pushed.id}\n{pushed.url}')
+    if pushed.doubt: typer.echo(f'warning: {pushed.doubt}')
     if wait: _wait(hub, pushed)
 
 def _wait(hub, pushed):

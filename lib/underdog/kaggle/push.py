@@ -152,8 +152,10 @@ class Pushed:
     version: int
     id: str            # of the push; it comes back in the kernel's log and output
     url: str
-    shape: str         # of the machine, as Kaggle says it
-    image: str = ''    # Docker image, for another run in the same one
+    shape: str                                    # of the machine that was asked for
+    image: str = ''                               # Docker image, for another run in the same one
+    expect: dict = field(default_factory=dict)    # what its first cell expects
+    doubt: str = ''                               # what the kernel's own proof will decide
 
 def saved_kernel(hub, ref):
     "The kernel as Kaggle has it (`metadata`, `blob`), or None."
@@ -192,10 +194,12 @@ def push_kernel(hub, kernel, given, slug='', settings=PushConfig(), about=None):
         import nbformat
         nbformat.write(nb, Path(folder)/'kernel.ipynb')
         write_json(Path(folder)/'kernel-metadata.json', kernel_metadata(ref, title, settings, sources))
-        answer = _save(hub, ref, folder, settings.timeout_s, push_id=expect['push'])
+        answer, kernel = _save(hub, ref, folder, settings.timeout_s, push_id=expect['push'])
     # look at what became of it
-    if answer is not None: _check_answer(ref, answer)
-    return _checked_kernel(hub, ref, answer, settings, push_id=expect['push'])
+    if answer is not None:
+        _check_answer(ref, answer)
+        kernel = saved_kernel(hub, ref)
+    return _checked_kernel(ref, answer, kernel, settings, expect)
 
 def _slug_of(title): return re.sub(r'[^a-z0-9]+', '-', title.lower()).strip('-')
 
@@ -208,15 +212,28 @@ def _title_of(ref):
     return title
 
 def _save(hub, ref, folder, timeout_s, push_id):
-    "The answer to the push; when it is lost, None if the kernel says that it arrived, else another attempt."
+    """(answer to the push, None); where the answer was lost and the push arrived, (None, the kernel that holds it).
+
+    Pushed again is only what did not arrive: a second push would be a second session."""
     timeout = str(timeout_s) if timeout_s else None
     for attempt in range(hub.tries):
-        try: return hub.call_once(f'push {ref}', hub.api.kernels_push, folder, timeout)
+        try: return hub.call_once(f'push {ref}', hub.api.kernels_push, folder, timeout), None
         except Refused as e:
             if e.pause is None or attempt == hub.tries - 1: raise
-            time.sleep(max(e.pause, hub.first_pause_s*2**attempt))
+            error = e
+        time.sleep(max(error.pause, hub.first_pause_s*2**attempt))
+        kernel = _arrived_kernel(hub, ref, push_id) if error.lost else None
+        if kernel: return None, kernel
+
+def _arrived_kernel(hub, ref, push_id, looks=8):
+    "The kernel once it holds the push `push_id`, which Kaggle may show late; None where it does not come."
+    for look in range(looks):
+        if look: time.sleep(hub.poll_s)
         kernel = saved_kernel(hub, ref)
-        if kernel and expectation(kernel.blob.source).get('push') == push_id: return None
+        if kernel and _push_in(kernel) == push_id: return kernel
+    return None
+
+def _push_in(kernel): return expectation(kernel.blob.source).get('push')
 
 def _check_answer(ref, answer):
     "`UserError` for anything in the answer to a push that is not as it should be; the client ends with 0 all the same."
@@ -230,18 +247,25 @@ def _check_answer(ref, answer):
     if answer.ref and not answer.ref.rstrip('/').endswith(ref):
         raise UserError(f'push {ref}: Kaggle made {answer.ref} of it, as the title says; push it under that slug')
 
-def _checked_kernel(hub, ref, answer, settings, push_id):
-    "`Pushed` when the kernel is as it should be; `answer` is None where it was lost."
-    url = answer.url if answer is not None else ''
-    number = answer.version_number if answer is not None else 0
-    kernel = saved_kernel(hub, ref)
-    if kernel is None: raise UserError(f'push {ref}: Kaggle took it and does not know it now; look at {url}')
-    metadata = kernel.metadata
-    # an unknown shape is replaced without a word
-    if settings.shape and metadata.machine_shape and metadata.machine_shape != settings.shape:
-        raise UserError(f'push {ref}: {settings.shape} was asked for and Kaggle gave {metadata.machine_shape}; '
-                        'the kernel stops in its first cell. That shape is retired, misspelt, or not for this account')
-    if not settings.public and metadata.is_private is False:
+def _checked_kernel(ref, answer, kernel, settings, expect):
+    """`Pushed`; `UserError` when the kernel is public against the settings.
+
+    The version is the one that the push answered. What is read back may be of the version before, and counts only
+    where it holds this very push; `answer` is None where it was lost."""
+    metadata = kernel.metadata if kernel and _push_in(kernel) == expect['push'] else None
+    if metadata and not settings.public and metadata.is_private is False:
         raise UserError(f'push {ref}: the kernel is public; make it private on its page')
-    return Pushed(ref, version=metadata.current_version_number or number, id=push_id, url=url or '',
-                  shape=metadata.machine_shape or '', image=metadata.docker_image or '')
+    # the shape that Kaggle shows may be that of the last session: only the first cell sees the machine
+    shown, doubt = (kernel.metadata.machine_shape if kernel else '') or '', ''
+    if settings.shape and shown and shown != settings.shape:
+        doubt = (f'{settings.shape} was asked for and Kaggle shows {shown}, perhaps that of the last session; the '
+                 'first cell stops the kernel where the GPUs are not there')
+    return Pushed(
+        ref=ref,
+        version=answer.version_number if answer is not None else metadata.current_version_number,
+        id=expect['push'],
+        url=(answer.url if answer is not None else '') or f'https://www.kaggle.com/code/{ref}',
+        shape=settings.shape,
+        image=(metadata.docker_image if metadata else '') or '',
+        expect=expect,
+        doubt=doubt)

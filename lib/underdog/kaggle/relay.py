@@ -6,7 +6,7 @@
 __all__ = ['RelaySession', 'push_when_free', 'run_relay']
 
 # %% ../../../nbs/7_kaggle/08_relay.ipynb #3d40dbf6
-import math, tempfile
+import math, tempfile, time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -15,7 +15,7 @@ from ..core import UserError, file_hash, read_record
 from ..session import TRAINING_HOURS, duration
 from ..kernels import check_parameters, find_kernel, kernel_parameters
 from .account import Hub, Refused, download
-from .ledger import gpu_quota, note_pushed, note_state
+from .ledger import gpu_quota, note_pushed, note_state, read_ledger
 from .proof import expectation
 from .push import PushConfig, push_kernel, saved_kernel
 from .watch import output_of_push, wait_for_kernel
@@ -32,18 +32,34 @@ class RelaySession:
     @property
     def push(self): return self.expect['push']
 
+_LAG_S = 1800.   # after a push: what Kaggle shows may be of the version before
+
 def _relay_sessions(hub, name):
     "The sessions of the relay `name` that are on Kaggle, in their order."
+    # what was pushed from this machine a moment ago, Kaggle may not show yet
+    noted = {e['session']: e for e in read_ledger() if e.get('relay') == name and _is_fresh(e)}
     sessions = []
     while True:
         number = len(sessions) + 1
         ref = hub.ref(f'{name}-{number}')
-        kernel = saved_kernel(hub, ref)
+        kernel = _shown_kernel(hub, ref, noted.get(number, {}).get('version') or 0)
         if not kernel: return sessions
         expect = expectation(kernel.blob.source)
         if expect.get('relay') != name:
             raise UserError(f'{ref}: a kernel of that name is there and is not of this relay; choose another name')
         sessions.append(RelaySession(number, ref, kernel.metadata.current_version_number or 0, expect))
+
+def _is_fresh(entry):
+    "Is what the ledger says younger than what Kaggle shows may be old?"
+    return time.time() - time.mktime(time.strptime(entry['time'], '%Y-%m-%d %H:%M')) < _LAG_S
+
+def _shown_kernel(hub, ref, version):
+    "The kernel as Kaggle shows it, once that is `version` (0: any) or newer; None where there is none."
+    def look():
+        kernel = saved_kernel(hub, ref)
+        shown = kernel.metadata.current_version_number or 0 if kernel else 0
+        return (kernel,) if shown >= version else None
+    return hub.wait_until(f'{ref} version {version}', look, _LAG_S)[0]
 
 class _RunStatus(NamedTuple):
     status: dict    # status.json of the run
@@ -98,7 +114,9 @@ class _Relay:
     repeated: set = field(default_factory=set)   # numbers of sessions that were pushed once more
 
     def begin(self, number, resume_from='', files=None):
-        "Push session `number`, which goes on from an input; `files`: {input file: hash} that it must find there."
+        """Push session `number`, which goes on from an input; the `RelaySession`.
+
+        `files`: {input file: hash} that it must find there."""
         hours = _session_hours(self.hub, self.settings, self.hours)
         values = {**self.given, 'time_limit': hours}
         if resume_from: values['resume_from'] = resume_from
@@ -114,6 +132,8 @@ class _Relay:
         note_pushed(pushed, relay=self.name, session=number)
         limit = duration(3600*hours)
         self.say(f'session {number}: pushed as {pushed.ref}, version {pushed.version}, {limit} at most')
+        if pushed.doubt: self.say(f'session {number}: {pushed.doubt}')
+        return RelaySession(number, pushed.ref, pushed.version, pushed.expect)
 
     def wait(self, session):
         "The `KernelState` of a session, once it is over."
@@ -123,7 +143,9 @@ class _Relay:
         return state
 
     def repeat(self, session, state, reported):
-        "Push a session that failed once more, from the same input; `UserError` where that would not help."
+        """Push a session that failed once more, from the same input; the new `RelaySession`.
+
+        `UserError` where that would not help."""
         stopped = state.status == 'CANCEL_ACKNOWLEDGED' and session.number not in self.repeated
         if not stopped and session.push not in reported:
             raise UserError(f'session {session.number} ({session.ref}) failed: {state.why}. Mend the cause; the same '
@@ -131,17 +153,16 @@ class _Relay:
         start = f'session {session.number - 1}' if session.number > 1 else 'the beginning'
         self.say(f"session {session.number}: {state.why or 'failed'}; once more, from {start}")
         self.repeated.add(session.number)
-        self.begin(session.number, session.expect['values'].get('resume_from'), session.expect['files'])
+        return self.begin(session.number, session.expect['values'].get('resume_from'), session.expect['files'])
 
-    def run(self, out, reported):
-        """Session after session until the run in the folder `out` is finished; the last `RelaySession`.
+    def run(self, session, out, reported):
+        """From `session` on, session after session until the run in the folder `out` is finished; the last one.
 
         `reported`: ids of pushes of an earlier start, whose failure is known and repaired."""
         while True:
-            session = _relay_sessions(self.hub, self.name)[-1]
             state = self.wait(session)
             if state.status != 'COMPLETE':
-                self.repeat(session, state, reported)
+                session = self.repeat(session, state, reported)
                 continue
             # how far is the run?
             status, status_hash = _run_status(self.hub, session, out)
@@ -152,7 +173,7 @@ class _Relay:
                                 f"{status.get('reason', '')}")
             # the next session goes on from its output, and from no other version of it
             resume_from = f'notebooks/{session.ref}/{out}'
-            self.begin(session.number + 1, resume_from, {f'{resume_from}/status.json': status_hash})
+            session = self.begin(session.number + 1, resume_from, {f'{resume_from}/status.json': status_hash})
 
 def run_relay(hub, name, kernel='train', given=None, settings=PushConfig(), hours=TRAINING_HOURS, say=print):
     """Run the training kernel `kernel` with the parameters `given` until its run is finished; the last `RelaySession`.
@@ -164,10 +185,10 @@ def run_relay(hub, name, kernel='train', given=None, settings=PushConfig(), hour
     given = check_parameters(path, given or {})
     if sessions: given = _same_parameters(sessions[0], given, path)
     relay = _Relay(hub, name, path, given, settings=settings, hours=hours, say=say)
-    if not sessions: relay.begin(1)
+    session = sessions[-1] if sessions else relay.begin(1)
     # where the kernel writes its run
     out = given.get('out', kernel_parameters(path)['out'][0])
-    return relay.run(out, reported={session.push for session in sessions})
+    return relay.run(session, out, reported={session.push for session in sessions})
 
 def _same_parameters(first, given, path):
     "The parameters of a relay that has begun; `UserError` when others are given."
