@@ -1,15 +1,22 @@
 """Kaggle as it really is: it shows what is old, refuses in many ways, keeps what crashed.
 
 Whatever it does, what is submitted is what was validated, and no session is spent twice."""
+import shutil
+import zipfile
+from dataclasses import replace
+
 import pytest
 from kaggle_server import write_notebook
 
-from underdog.core import UserError
+from underdog.core import UserError, file_hash
+from underdog.machine import resolve_input
 from underdog.data.competition import LLM_FINETUNING
 from underdog.kaggle.account import download
 from underdog.kaggle.leaderboard import SubmitConfig, commit_and_submit
 from underdog.kaggle.push import PushConfig, push_kernel
 from underdog.kaggle.relay import run_relay
+from underdog.kaggle.ship import library_bundle, ship
+from underdog.kaggle.watch import pull_output, wait_for_kernel
 
 CPU = PushConfig(shape='', gpus=0)
 SLUG = LLM_FINETUNING.slug
@@ -101,3 +108,83 @@ def test_what_is_compressed_on_its_way_arrives_whole(server, hub, tmp_path):
     (server.root/'rows.csv').write_text('a,b\n'*1000)
     for _ in range(2): download(hub, f'{server.url}/files/rows.csv', tmp_path/'rows.csv')
     assert (tmp_path/'rows.csv').read_text() == 'a,b\n'*1000
+
+
+# ---- what crashed
+CRASHES = '''import json, os, shutil
+from pathlib import Path
+run, source = Path(out), Path(os.environ['UNDERDOG_KAGGLE'])/'input'/resume_from
+if resume_from: shutil.copytree(source, run)
+else: (run/'checkpoint').mkdir(parents=True)
+step = json.loads((run/'status.json').read_text())['step'] if resume_from else 0
+(run/'config.json').write_text('{}')
+for step in range(step + 1, 11):
+    status = dict(state='finished' if step == 10 else 'running', step=step, of=10)
+    (run/'status.json').write_text(json.dumps(status))
+    for kind in ('pt', 'json'): (run/'checkpoint'/f'step-{step:08d}.{kind}').write_text(str(step))
+    if step == dies and how == 'killed': os.killpg(os.getpgid(os.getppid()), 9)
+    if step == dies and how == 'raises': raise MemoryError('in step 5')'''
+
+
+@pytest.mark.parametrize('how', ['killed', 'raises'])
+def test_a_crashed_session_goes_on_from_its_checkpoint(server, hub, tmp_path, how):
+    "It becomes a dataset, as its output cannot be mounted: at once where Kaggle stopped it, else on the next command."
+    parameters = "out = 'run'\nresume_from = ''\ntime_limit = -1.0\ndies = 4\nhow = ''"
+    kernel, messages = write_notebook(tmp_path/'crashes.ipynb', CRASHES, parameters=parameters), []
+    relay = lambda: run_relay(hub, 'crashing', kernel, dict(how=how), CPU, say=messages.append)
+    if how == 'raises':
+        again = 'MemoryError.*the same command goes on from its checkpoint of step 4'
+        with pytest.raises(UserError, match=again): relay()
+    last = relay()
+    assert last.ref == 'me/crashing-2' and server.datasets['me/crashing-checkpoint']['private']
+    assert last.expect['values']['resume_from'] == 'datasets/me/crashing-checkpoint/run'
+    with zipfile.ZipFile(server.job(last.ref).output/'run.zip') as z: saved = z.namelist()
+    assert len([name for name in saved if name.endswith('.pt')]) == 10 and len(pushes(server)) == 2, messages
+
+
+# ---- archives
+MANY = '''from pathlib import Path
+Path('run/sub').mkdir(parents=True)
+for i in range(30): Path('run/sub', f'{i}.txt').write_text(str(i))
+Path('run/status.json').write_text('{}')'''
+
+
+@pytest.mark.parametrize('zip_mounts', [None, 0])
+def test_many_files_travel_as_one_and_are_found(server, hub, tmp_path, zip_mounts):
+    "Packed by the last cell, perhaps once more by Kaggle; a kernel, the first cell's proof and `pull` find them."
+    server.zip_mounts, server.gzip = zip_mounts, True
+    pushed = push_kernel(hub, write_notebook(tmp_path/'many.ipynb', MANY), {}, 'many-files', settings=CPU)
+    assert wait_for_kernel(hub, pushed.ref, pushed.id).status == 'COMPLETE'
+    assert len(list(server.job(pushed.ref).output.rglob('*'))) == 3, 'the archive, the proof and the notebook'
+    # here
+    pull_output(hub, pushed.ref, tmp_path/'out', '^run/')
+    assert (tmp_path/'out'/'run'/'sub'/'29.txt').read_text() == '29' and not (tmp_path/'out'/'run.zip').exists()
+    # there
+    library_bundle(tmp_path/'lib')
+    library, status = ship(hub, tmp_path/'lib', 'underdog-lib'), f'notebooks/{pushed.ref}/run/status.json'
+    cell = """from underdog.machine import resolve_input
+assert (resolve_input(run)/'sub'/'29.txt').read_text() == '29'"""
+    reader = write_notebook(tmp_path/'reader.ipynb', cell, parameters='run = ""')
+    files = {status: file_hash(tmp_path/'out'/'run'/'status.json')}
+    settings = replace(CPU, bundles={library.ref: library.hash}, files=files, wait_s=1.)
+    given = dict(run=f'notebooks/{pushed.ref}/run')
+    job = server.job(push_kernel(hub, reader, given, 'reading', settings=settings).ref)
+    assert job.status == 'COMPLETE', job.events[-5:]
+
+
+@pytest.mark.parametrize('named', [True, False])
+def test_an_input_is_found_in_any_archive(tmp_path, monkeypatch, named):
+    "Of a dataset's folder, with and without that folder in it; unpacked once."
+    monkeypatch.setenv('UNDERDOG_CACHE', str(tmp_path/'cache'))
+    inner = tmp_path/'files'/'run' if named else tmp_path/'files'
+    inner.mkdir(parents=True)
+    (inner/'config.json').write_text('{}')
+    root = tmp_path/'input'
+    shutil.make_archive(str(root/'datasets'/'me'/'runs'/'run'), 'zip', tmp_path/'files')
+    for spec in ('me/runs/run', 'datasets/me/runs/run', 'runs/run'):
+        assert (resolve_input(spec, root)/'config.json').is_file()
+    assert resolve_input('me/runs/run', root) == resolve_input('runs/run', root)
+    (root/'datasets'/'me'/'runs'/'bad.zip').write_text('no archive')
+    with pytest.raises(UserError, match='archive that is broken'): resolve_input('me/runs/bad', root)
+    with pytest.raises(UserError, match='no such file'): resolve_input('me/runs/other', root)
+    with zipfile.ZipFile(root/'datasets'/'me'/'runs'/'run.zip') as z: assert z.testzip() is None

@@ -141,12 +141,14 @@ class Hub:
             if 'Cannot access' in str(e): raise Refused(f'{what}: not there, or not yours', 'missing') from None
             raise Refused(f'{what}: {first_line(e)}') from None
 
-    def call_sdk(self, what, service, method, request):
-        "A call of Kaggle's SDK that the client has no function for: `service` such as kernels.kernels_api_client."
+    def call_sdk(self, what, service, method, request, use=lambda answer: answer):
+        """A call of Kaggle's SDK that the client has no function for: `service` such as kernels.kernels_api_client.
+
+        `use`: what is wanted of the answer, taken while the connection is open."""
         def do():
             with self.api.build_kaggle_client() as kaggle:
                 part, client = service.split('.')
-                return getattr(getattr(getattr(kaggle, part), client), method)(request)
+                return use(getattr(getattr(getattr(kaggle, part), client), method)(request))
         return self.call(what, do)
 
     def wait_until(self, what, look, limit_s):

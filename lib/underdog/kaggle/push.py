@@ -14,7 +14,7 @@ from ..core import UserError, write_json
 from ..kernels import check_parameters, find_kernel
 from .account import Refused
 from .contents import find_key
-from .proof import expectation, proof_source
+from .proof import expectation, last_source, proof_source
 
 # %% ../../../nbs/7_kaggle/05_push.ipynb #92f12fdd
 _INPUTS = ('train_csv', 'test_csv', 'model', 'base', 'run', 'runs', 'predictions', 'resume_from', 'sample_submission',
@@ -136,7 +136,7 @@ def pushed_notebook(path, values, expect, wait_s=300.):
     nb = parameterize_notebook(nb, values, kernel_name='python3', language='python')
     new_cell, tags = nbformat.v4.new_code_cell, dict(tags=['underdog-proof'])
     nb.cells.insert(0, new_cell(proof_source(expect, wait_s), metadata=tags))
-    nb.cells.append(new_cell("print('underdog: done', EXPECT['push'])", metadata=tags))
+    nb.cells.append(new_cell(last_source(), metadata=tags))
     nb.metadata['kernelspec'] = dict(display_name='Python 3', language='python', name='python3')
     nb.metadata.setdefault('language_info', dict(name='python'))
     # once more, for the parameters

@@ -18,6 +18,7 @@ from .account import Hub, Refused, download
 from .ledger import gpu_quota, note_pushed, note_state, read_ledger
 from .proof import expectation
 from .push import PushConfig, push_kernel, saved_kernel
+from .rescue import saved_step, ship_checkpoint
 from .watch import output_of_push, wait_for_kernel
 
 # %% ../../../nbs/7_kaggle/08_relay.ipynb #f4f527b7
@@ -67,14 +68,15 @@ class _RunStatus(NamedTuple):
 
 def _run_status(hub, session, out):
     "The `_RunStatus` of the run folder `out` in the output of a session."
-    files = output_of_push(hub, session.ref, session.push).files
-    name = f'{out}/status.json'
-    if name not in files:
-        held = ', '.join(sorted(files)[:8])
+    output = output_of_push(hub, session.ref, session.push)
+    name, packed = f'{out}/status.json', output.packed.get(out, {}).get('status')
+    if name not in output.files and packed is None:
+        held = ', '.join(sorted(output.files)[:8])
         raise UserError(f'{session.ref}: no run folder {out!r} in its output, which holds {held}')
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)/'status.json'
-        download(hub, files[name], path, bar=False)
+        if packed is not None: path.write_bytes(packed.encode())
+        else: download(hub, output.files[name], path, bar=False)
         return _RunStatus(read_record(path, state=str, step=int, of=int), file_hash(path))
 
 # %% ../../../nbs/7_kaggle/08_relay.ipynb #b5f58e18
@@ -113,10 +115,10 @@ class _Relay:
     say: Callable
     repeated: set = field(default_factory=set)   # numbers of sessions that were pushed once more
 
-    def begin(self, number, resume_from='', files=None):
+    def begin(self, number, resume_from='', files=None, step=0):
         """Push session `number`, which goes on from an input; the `RelaySession`.
 
-        `files`: {input file: hash} that it must find there."""
+        `files`: {input file: hash} that it must find there; `step`: of the run in that input."""
         hours = _session_hours(self.hub, self.settings, self.hours)
         values = {**self.given, 'time_limit': hours}
         if resume_from: values['resume_from'] = resume_from
@@ -128,7 +130,7 @@ class _Relay:
             given=values,
             slug=f'{self.name}-{number}',
             settings=replace(self.settings, timeout_s=timeout_s, files=files or {}),
-            about=dict(relay=self.name, session=number, given=self.given))
+            about=dict(relay=self.name, session=number, given=self.given, step=step))
         note_pushed(pushed, relay=self.name, session=number)
         limit = duration(3600*hours)
         self.say(f'session {number}: pushed as {pushed.ref}, version {pushed.version}, {limit} at most')
@@ -142,18 +144,28 @@ class _Relay:
         note_state(state, session.push, session.version, relay=self.name, session=session.number)
         return state
 
-    def repeat(self, session, state, reported):
-        """Push a session that failed once more, from the same input; the new `RelaySession`.
+    def repeat(self, session, state, out, reported):
+        """After a session that failed: the next one from its checkpoint, or the same from the same input.
 
         `UserError` where that would not help."""
-        stopped = state.status == 'CANCEL_ACKNOWLEDGED' and session.number not in self.repeated
+        failed = f'session {session.number} ({session.ref}) failed: {state.why}'
+        step = saved_step(self.hub, session, out)
+        further = step > session.expect.get('step', 0)
+        stopped = state.status == 'CANCEL_ACKNOWLEDGED' and (further or session.number not in self.repeated)
         if not stopped and session.push not in reported:
-            raise UserError(f'session {session.number} ({session.ref}) failed: {state.why}. Mend the cause; the same '
-                            'command repeats this session')
+            start = f'goes on from its checkpoint of step {step}' if further else 'repeats this session'
+            raise UserError(f'{failed}. Mend the cause; the same command {start}')
+        # what a session had saved when it crashed is in its output: it becomes a dataset, the input of the next
+        if further:
+            self.say(f'session {session.number}: {state.why or "failed"}; its checkpoint of step {step} goes on')
+            saved = ship_checkpoint(self.hub, self.name, session, out)
+            self.say(f'session {session.number}: its run is the dataset {saved.resume_from}')
+            return self.begin(session.number + 1, saved.resume_from, saved.files, step)
         start = f'session {session.number - 1}' if session.number > 1 else 'the beginning'
         self.say(f"session {session.number}: {state.why or 'failed'}; once more, from {start}")
         self.repeated.add(session.number)
-        return self.begin(session.number, session.expect['values'].get('resume_from'), session.expect['files'])
+        values, expect = session.expect['values'], session.expect
+        return self.begin(session.number, values.get('resume_from'), expect['files'], expect.get('step', 0))
 
     def run(self, session, out, reported):
         """From `session` on, session after session until the run in the folder `out` is finished; the last one.
@@ -162,7 +174,7 @@ class _Relay:
         while True:
             state = self.wait(session)
             if state.status != 'COMPLETE':
-                session = self.repeat(session, state, reported)
+                session = self.repeat(session, state, out, reported)
                 continue
             # how far is the run?
             status, status_hash = _run_status(self.hub, session, out)
@@ -173,7 +185,8 @@ class _Relay:
                                 f"{status.get('reason', '')}")
             # the next session goes on from its output, and from no other version of it
             resume_from = f'notebooks/{session.ref}/{out}'
-            session = self.begin(session.number + 1, resume_from, {f'{resume_from}/status.json': status_hash})
+            files = {f'{resume_from}/status.json': status_hash}
+            session = self.begin(session.number + 1, resume_from, files, status['step'])
 
 def run_relay(hub, name, kernel='train', given=None, settings=PushConfig(), hours=TRAINING_HOURS, say=print):
     """Run the training kernel `kernel` with the parameters `given` until its run is finished; the last `RelaySession`.

@@ -7,10 +7,9 @@ __all__ = ['LIBRARY', 'WHEELS', 'library_bundle', 'Shipped', 'ship', 'shipped_li
 
 # %% ../../../nbs/7_kaggle/02_ship.ipynb #af6530d0
 import json, re, shutil, tempfile, time, zipfile
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
-from io import StringIO
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,19 +59,23 @@ def _dataset_files(hub, ref):
 # %% ../../../nbs/7_kaggle/02_ship.ipynb #f4b8a9e1
 def remote_manifest(hub, ref):
     "The manifest that the newest version carries; {} when it has none."
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
-        what = f'{MANIFEST} of {ref}'
-        try: hub.call(what, hub.api.dataset_download_file, ref, MANIFEST, path=folder, force=True)
-        except Refused as e:
-            if e.kind == 'missing': return {}
-            raise
-        try: return json.loads(_text_of(next(Path(folder).iterdir())))
-        except (OSError, ValueError, StopIteration): return {}
+    from kagglesdk.datasets.types.dataset_api_service import ApiDownloadDatasetRequest
+    request = ApiDownloadDatasetRequest()
+    request.owner_slug, request.dataset_slug = ref.split('/')
+    request.file_name = MANIFEST
+    # not by the client's own download, which takes a file that is compressed on its way for a torn one
+    client, content = 'datasets.dataset_api_client', lambda answer: answer.content
+    try: data = hub.call_sdk(f'{MANIFEST} of {ref}', client, 'download_dataset', request, use=content)
+    except Refused as e:
+        if e.kind == 'missing': return {}
+        raise
+    try: return json.loads(_unzipped(data))
+    except (OSError, ValueError, zipfile.BadZipFile): return {}
 
-def _text_of(path):
-    "The text of a downloaded file; Kaggle compresses some downloads."
-    if not zipfile.is_zipfile(path): return path.read_text()
-    with zipfile.ZipFile(path) as z: return z.read(z.namelist()[0])
+def _unzipped(data):
+    "The content of a downloaded file; Kaggle makes archives of some."
+    if not zipfile.is_zipfile(BytesIO(data)): return data
+    with zipfile.ZipFile(BytesIO(data)) as z: return z.read(z.namelist()[0])
 
 def _missing_files(hub, ref, bundle):
     "Names of `bundle` that the newest version lacks or has in another size."
