@@ -24,7 +24,8 @@ from underdog.kaggle.contents import find_key
 from underdog.kaggle.leaderboard import read_scores
 from underdog.kaggle.ledger import gpu_quota, home_folder, note_run, read_ledger
 from underdog.kaggle.proof import expectation, proof_source
-from underdog.kaggle.push import PushConfig, Sources, _check_answer, inputs_of, push_kernel, pushed_notebook
+from underdog.kaggle.names import Sources, inputs_of
+from underdog.kaggle.push import PushConfig, _check_answer, push_kernel, pushed_notebook
 from underdog.kaggle.relay import _session_hours, run_relay
 from underdog.kaggle.ship import library_bundle, remote_manifest, ship, ship_model
 from underdog.kaggle.watch import follow_log, kernel_state, pull_output, wait_for_kernel
@@ -83,13 +84,19 @@ def test_a_refused_push_is_exit_code_0_of_the_client_and_an_error_of_ours(server
     assert e.value.kind == kind
 
 
-@pytest.mark.parametrize('spec,source', [
-    ('me/nowhere/x.csv', 'me/nowhere'),
-    ('competitions/nothing/x.csv', 'nothing'),
-    ('notebooks/me/nobody/run', 'me/nobody'),
-    ('models/me/no/transformers/m/1', 'me/no/transformers/m'),
+@pytest.mark.parametrize('spec,message', [
+    ('me/nowhere/x.csv', 'dataset me/nowhere is not on Kaggle'),
+    ('competitions/nothing/x.csv', 'competition nothing: not there'),
+    ('models/me/no/transformers/m/1', 'no such model.*https://www.kaggle.com/models/me/no'),
 ])
-def test_a_dropped_source_is_an_error_and_the_kernel_stops_in_its_first_cell(server, hub, tmp_path, spec, source):
+def test_what_kaggle_would_leave_out_is_asked_before_a_push(server, hub, kernel, spec, message):
+    with pytest.raises(Refused, match=message):
+        push_kernel(hub, kernel, {}, 'small-kernel', settings=replace(CPU, sources=(spec,)))
+    assert not server.kernels
+
+
+def test_a_dropped_source_is_an_error_and_the_kernel_stops_in_its_first_cell(server, hub, tmp_path):
+    spec, source = 'notebooks/me/nobody/run', 'me/nobody'
     k = write_notebook(tmp_path/'k.ipynb', 'open("reached", "w")')
     settings = replace(CPU, sources=(spec,), wait_s=.2)
     with pytest.raises(UserError, match=f'left out {source}'):

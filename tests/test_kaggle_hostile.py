@@ -1,7 +1,10 @@
 """Kaggle as it really is: it shows what is old, refuses in many ways, keeps what crashed.
 
 Whatever it does, what is submitted is what was validated, and no session is spent twice."""
+import json
 import shutil
+import subprocess
+import sys
 import zipfile
 from dataclasses import replace
 
@@ -11,11 +14,13 @@ from kaggle_server import write_notebook
 from underdog.core import UserError, file_hash
 from underdog.machine import resolve_input
 from underdog.data.competition import LLM_FINETUNING
-from underdog.kaggle.account import download
+from underdog.kaggle.access import account_lines
+from underdog.kaggle.account import Refused, download
 from underdog.kaggle.leaderboard import SubmitConfig, commit_and_submit
+from underdog.kaggle.names import Sources, mounted_name
 from underdog.kaggle.push import PushConfig, push_kernel
 from underdog.kaggle.relay import run_relay
-from underdog.kaggle.ship import library_bundle, ship
+from underdog.kaggle.ship import library_bundle, ship, ship_model
 from underdog.kaggle.watch import pull_output, wait_for_kernel
 
 CPU = PushConfig(shape='', gpus=0)
@@ -188,3 +193,97 @@ def test_an_input_is_found_in_any_archive(tmp_path, monkeypatch, named):
     with pytest.raises(UserError, match='archive that is broken'): resolve_input('me/runs/bad', root)
     with pytest.raises(UserError, match='no such file'): resolve_input('me/runs/other', root)
     with zipfile.ZipFile(root/'datasets'/'me'/'runs'/'run.zip') as z: assert z.testzip() is None
+
+
+# ---- refusals
+@pytest.fixture
+def model(server, hub, tmp_path):
+    "A model on Kaggle, as a kernel names it."
+    (tmp_path/'model').mkdir()
+    for name in ('config.json', 'model.safetensors'): (tmp_path/'model'/name).write_text('{}'*len(name))
+    return ship_model(hub, tmp_path/'model', 'me/gemma/transformers/2b').ref
+
+
+@pytest.mark.parametrize('knob,value,kind,page', [
+    ('no_licence', {'me/gemma'}, 'licence', 'accept its licence on https://www.kaggle.com/models/me/gemma'),
+    ('no_rules', {SLUG}, 'rules', f'accept its rules on https://www.kaggle.com/competitions/{SLUG}/rules'),
+    ('phone', False, 'unverified', 'confirm your phone number on https://www.kaggle.com/settings'),
+])
+def test_refusals_are_told_apart_and_name_their_page(competition, hub, model, tmp_path, knob, value, kind, page):
+    kernel = write_notebook(tmp_path/'k.ipynb')
+    setattr(competition, knob, value)
+    settings = PushConfig(sources=(f'models/{model}', f'competitions/{SLUG}/train.csv'))
+    with pytest.raises(Refused, match=page) as e: push_kernel(hub, kernel, {}, 'small-kernel', settings=settings)
+    assert e.value.kind == kind and not competition.kernels
+    # a check says the same
+    levels = {line.what: line.level for line in account_lines(hub, SLUG, [model])}
+    what = dict(licence=f'model {model}', rules='rules').get(kind)
+    assert [w for w, level in levels.items() if level == 'fail'] == ([what] if what else [])
+
+
+def test_a_model_that_is_left_out_all_the_same_is_named_with_its_page(server, hub, model, tmp_path):
+    "invalidModelSources: the client does not even print them."
+    server.drop_models = True
+    settings = replace(CPU, sources=(f'models/{model}',), wait_s=.2)
+    with pytest.raises(UserError, match=f'left out {model}.*https://www.kaggle.com/models/me/gemma'):
+        push_kernel(hub, write_notebook(tmp_path/'k.ipynb'), {}, 'small-kernel', settings=settings)
+
+
+def test_no_session_is_asked_for_that_is_longer_than_kaggle_s(server, hub, tmp_path, count):
+    server.max_timeout_s, messages = 12*3600, []
+    run_relay(hub, 'counting', count, {}, hours=20., say=messages.append)
+    asked = [body['sessionTimeoutSeconds'] for path, body in server.seen if path.endswith('/SaveKernel')]
+    assert len(asked) == 3 and max(asked) <= 12*3600 and '20 hours: Kaggle ends a session after 12' in messages[0]
+    with pytest.raises(UserError, match='Kaggle ends one after 12'): PushConfig(timeout_s=13*3600)
+    for hours in ('13', '0'):
+        with pytest.raises(UserError, match='Kaggle kills a session after 12'):
+            push_kernel(hub, count, dict(time_limit=hours), 'small-kernel', settings=CPU)
+    # one that is refused all the same
+    server.max_timeout_s = 3600
+    with pytest.raises(Refused, match='give it fewer hours') as e:
+        push_kernel(hub, count, {}, 'small-kernel', settings=replace(CPU, timeout_s=7200))
+    assert e.value.kind == 'too_long'
+
+
+def test_models_as_the_site_spells_them(server, hub, model, tmp_path):
+    kernel = write_notebook(tmp_path/'k.ipynb', parameters='model = ""')
+    site = f'https://www.kaggle.com/models/me/gemma/Transformers/2b/{model[-1]}'
+    pushed = push_kernel(hub, kernel, dict(model=site), 'small-kernel', settings=CPU)
+    assert pushed.expect['values']['model'] == f'models/{model}' == mounted_name(model.replace('tr', 'Tr'))
+    assert server.job(pushed.ref).status == 'COMPLETE'
+    with pytest.raises(UserError, match='no official DeBERTa.*bundle --folder'):
+        Sources.of(['microsoft/deberta-v3-large'])
+
+
+# ---- signing in
+@pytest.mark.parametrize('place', ['KAGGLE_API_TOKEN', 'access_token', 'access_token.txt', 'kaggle.json'])
+def test_every_way_to_sign_in(server, place):
+    "In processes of their own: the client decides at its import where it looks."
+    token = 'KGAT_of_this_test'
+    env = {name: value for name, value in server.environment().items() if name not in ('KAGGLE_USERNAME', 'KAGGLE_KEY')}
+    secret = json.dumps(dict(username='me', key='x')) if place == 'kaggle.json' else token
+    if place == 'KAGGLE_API_TOKEN': env[place] = token
+    else: (server.root/'home'/'.kaggle'/place).write_text(secret)
+    code = 'from underdog.console.main import main; main()'
+    command = [sys.executable, '-c', code, 'check-account', '--competition', '', '--json']
+    ask = lambda: subprocess.run(command, env=env, capture_output=True, text=True)
+    # a token that is not valid, or not any more, and one that is
+    if place != 'kaggle.json': assert 'no Kaggle credentials' in ask().stderr
+    server.tokens = {token: 'me'}
+    done = ask()
+    assert done.returncode == 0, done.stderr
+    assert [line['says'].split()[0] for line in json.loads(done.stdout)] == ['me', '30.0']
+
+
+def test_the_command_asks_and_a_red_line_is_an_error(competition, monkeypatch):
+    from typer.testing import CliRunner
+
+    from underdog.console.main import app
+    ask = lambda: CliRunner().invoke(app, ['check-account', '--competition', SLUG, '--json'])
+    good = ask()
+    assert good.exit_code == 0 and {line['level'] for line in json.loads(good.output)} == {'ok'}
+    competition.no_rules, competition.max_daily = {SLUG}, 0
+    bad = ask()
+    levels = {line['what']: line['level'] for line in json.loads(bad.output)}
+    assert levels['rules'] == 'fail' and levels['left today'] == 'warn'
+    assert isinstance(bad.exception, UserError) and 'not ready: rules' in str(bad.exception)

@@ -92,8 +92,8 @@ def _explain(what, error):
     return refused
 
 # %% ../../../nbs/7_kaggle/00_account.ipynb #b4a3645b
-_NO_CREDENTIALS = ('no Kaggle credentials: make a token in the settings of your account on kaggle.com and save it as '
-                   '~/.kaggle/access_token, or set KAGGLE_API_TOKEN')
+_NO_CREDENTIALS = ('no Kaggle credentials, or they have expired: make a token on https://www.kaggle.com/settings and '
+                   'save it as ~/.kaggle/access_token, or set KAGGLE_API_TOKEN')
 
 class Hub:
     """An account: the functions of Kaggle's client, called with patience.

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 from ..core import UserError, file_hash, read_record
-from ..session import TRAINING_HOURS, duration
+from ..session import KAGGLE_HOURS, TRAINING_HOURS, duration
 from ..kernels import check_parameters, find_kernel, kernel_parameters
 from .account import Hub, Refused, download
 from .ledger import gpu_quota, note_pushed, note_state, read_ledger
+from .names import mounted_inputs
 from .proof import expectation
 from .push import PushConfig, push_kernel, saved_kernel
 from .rescue import saved_step, ship_checkpoint
@@ -195,7 +196,9 @@ def run_relay(hub, name, kernel='train', given=None, settings=PushConfig(), hour
     Raises `Refused` (kind quota) when the week's hours are used up, `UserError` when a session fails."""
     path = find_kernel(kernel)
     sessions = _relay_sessions(hub, name)
-    given = check_parameters(path, given or {})
+    given = mounted_inputs(check_parameters(path, given or {}))
+    if hours > TRAINING_HOURS: say(f'{hours:g} hours: Kaggle ends a session after {KAGGLE_HOURS:g}; {TRAINING_HOURS:g}')
+    hours = min(hours, TRAINING_HOURS)
     if sessions: given = _same_parameters(sessions[0], given, path)
     relay = _Relay(hub, name, path, given, settings=settings, hours=hours, say=say)
     session = sessions[-1] if sessions else relay.begin(1)
@@ -205,7 +208,7 @@ def run_relay(hub, name, kernel='train', given=None, settings=PushConfig(), hour
 
 def _same_parameters(first, given, path):
     "The parameters of a relay that has begun; `UserError` when others are given."
-    began, kernel = first.expect['given'], first.expect['kernel']
+    began, kernel = mounted_inputs(first.expect['given']), first.expect['kernel']
     relay = f"relay {first.expect['relay']!r}"
     if kernel != path.stem:
         raise UserError(f'{relay} runs the kernel {kernel!r}, not {path.stem!r}; choose another name')
