@@ -124,7 +124,7 @@ def push(
 ):
     """Push a kernel with its parameters written in, and check what Kaggle made of it.
 
-    Example: `underdog push train -p train_csv=competitions/lmsys-chatbot-arena/train.csv
+    Example: `underdog push train -p train_csv=competitions/llm-classification-finetuning/train.csv
     -p model=models/google/gemma-2/transformers/gemma-2-2b-it/2`.
     Its first cell proves GPUs, mounts and library, or stops at once."""
     from underdog.kaggle.ledger import note_pushed
@@ -253,7 +253,7 @@ def relay(
 # %% ../../../nbs/8_console/08_remote.ipynb #83624c76
 def submit(
     param: PARAMS = None,
-    competition: option(str, 'lmsys, llm-classification, wsdm, or the slug') = 'lmsys',
+    competition: option(str, 'llm-classification, lmsys, wsdm, or the slug') = 'llm-classification',
     kernel: option(str, 'kernel that writes submission.csv') = 'infer',
     slug: option(str, 'its name on Kaggle') = 'underdog-submit',
     message: option(str, 'for the table of scores', '-m', '--message') = '',
@@ -268,7 +268,7 @@ def submit(
     """Run the kernel on the public rows, validate its submission, submit that version, wait for the score.
 
     Example: `underdog submit -p run=notebooks/me/underdog-relay-3/run
-    -p test_csv=competitions/lmsys-chatbot-arena/test.csv -p base=models/…`"""
+    -p test_csv=competitions/llm-classification-finetuning/test.csv -p base=models/…`"""
     from underdog.kaggle.leaderboard import SubmitConfig, commit_and_submit
     hub = _hub(poll)
     settings = _push_settings(hub, gpus, source, wheels, shape=shape, docker_image=docker_image)

@@ -23,7 +23,7 @@ from .watch import pull_output, wait_for_kernel
 @dataclass(frozen=True)
 class SubmitConfig:
     "Where a kernel is submitted, and what is said of it."
-    competition: str     # lmsys, llm-classification, wsdm, or the slug
+    competition: str     # llm-classification, lmsys, wsdm, or the slug
     sample: str = ''     # sample_submission.csv of the public rows, to validate against
     message: str = ''    # for the table of scores
 
