@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from kaggle_server import write_notebook
@@ -22,6 +23,7 @@ from underdog.kaggle.push import PushConfig, push_kernel
 from underdog.kaggle.relay import run_relay
 from underdog.kaggle.ship import library_bundle, ship, ship_model
 from underdog.kaggle.watch import pull_output, wait_for_kernel
+from underdog.kaggle.wheels import kaggle_image, lacking
 
 CPU = PushConfig(shape='', gpus=0)
 SLUG = LLM_FINETUNING.slug
@@ -287,3 +289,14 @@ def test_the_command_asks_and_a_red_line_is_an_error(competition, monkeypatch):
     levels = {line['what']: line['level'] for line in json.loads(bad.output)}
     assert levels['rules'] == 'fail' and levels['left today'] == 'warn'
     assert isinstance(bad.exception, UserError) and 'not ready: rules' in str(bad.exception)
+
+
+# ---- the next image
+@pytest.mark.parametrize('which,python,torch', [('current', '3.12', '2.10.0'), ('next', '3.13', '2.11.0')])
+def test_both_images_hold_all_but_bitsandbytes(which, python, torch):
+    "What the library requires is met; of the rest wheels are made, for that Python."
+    image = kaggle_image(which)
+    settings = (Path(__file__).parents[1]/'settings.ini').read_text()
+    requirements = next(line for line in settings.splitlines() if line.startswith('requirements')).split('=', 1)[1]
+    assert (image.python, image.packages['torch']) == (python, torch) and image.recorded >= '2026-11-24'
+    assert [r.name for r in lacking(requirements.split(), image)] == ['bitsandbytes']

@@ -54,6 +54,7 @@ def bundle(
     slug: option(str, 'dataset that becomes of the folder') = '',
     model: option(str, 'send the folder to Kaggle Models instead: owner/model/framework/variation') = '',
     wheels: option(bool, 'send the wheels that the image lacks, too') = True,
+    image: option(str, "for which image: current, or next (Colab's of today, which Kaggle's will follow)") = 'current',
     dry_run: option(bool, 'build and try everything, send nothing', '--dry-run') = False,
     public: PUBLIC = 0,
     poll: POLL = 15.,
@@ -65,7 +66,7 @@ def bundle(
     offline into an empty environment and imported before they are sent."""
     # everybody's is asked for before anything is built
     public = _asked_twice(public)
-    if not folder: return _send_library(wheels, dry_run, public, poll)
+    if not folder: return _send_library(wheels, image, dry_run, public=public, poll=poll)
     if not folder.is_dir(): raise UserError(f'{folder}: no such folder')
     _send_folder(folder, slug, model, dry_run, public=public, poll=poll)
 
@@ -82,15 +83,16 @@ def _send_folder(folder, slug, model, dry_run, public, poll):
     if model: _tell(ship_model(_hub(poll), folder, model))
     else: _tell(ship(_hub(poll), folder, slug, public=public))
 
-def _send_library(wheels, dry_run, public, poll):
+def _send_library(wheels, image, dry_run, public, poll):
     from underdog.kaggle.ship import LIBRARY, WHEELS, library_bundle, ship
     from underdog.kaggle.wheels import build_wheels, kaggle_image, try_wheels
     with tempfile.TemporaryDirectory() as work:
         # build and try
         bundled = library_bundle(Path(work)/'lib')
-        files = build_wheels(Path(work)/'wheels') if wheels else []
+        image = kaggle_image(image)
+        files = build_wheels(Path(work)/'wheels', image=image) if wheels else []
         tried = try_wheels(files)
-        title = f"build {bundled['build']}, hash {bundled['hash']}; image of {kaggle_image().recorded}"
+        title = f"build {bundled['build']}, hash {bundled['hash']}; image of {image.recorded}"
         megabytes = sum(size for size, _ in bundled['files'].values())/1e6
         rows = [('library', megabytes, f"{len(bundled['files'])} files")]
         rows += [(file.name, file.stat().st_size/1e6, tried[file.name]) for file in files]
