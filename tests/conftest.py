@@ -1,5 +1,6 @@
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,11 @@ settings.register_profile('busy', deadline=None, suppress_health_check=[HealthCh
 settings.load_profile('busy')
 REPO = Path(__file__).resolve().parents[1]
 OFFLINE = REPO/'tests'/'offline'
+
+# a Kaggle client of another version, in a folder of its own (pip install --target); for children, too
+if os.environ.get('UNDERDOG_KAGGLE_CLIENT'):
+    sys.path.insert(0, os.environ['UNDERDOG_KAGGLE_CLIENT'])
+    os.environ['PYTHONPATH'] = os.pathsep.join([os.environ['UNDERDOG_KAGGLE_CLIENT'], os.environ.get('PYTHONPATH', '')])
 
 # no test reaches another machine: neither this process nor one that it starts
 os.environ['PYTHONPATH'] = os.pathsep.join([str(OFFLINE), os.environ.get('PYTHONPATH', '')])

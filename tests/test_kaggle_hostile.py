@@ -2,6 +2,7 @@
 
 Whatever it does, what is submitted is what was validated, and no session is spent twice."""
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -109,6 +110,17 @@ def test_nothing_is_pushed_where_nothing_can_be_submitted(competition, hub, subm
     assert not pushes(server) and not server.submissions
 
 
+def test_a_submission_whose_answer_is_lost_is_made_once(competition, hub, submitting):
+    competition.fail('CreateCodeSubmission', 'after')
+    scored, _, _ = commit_and_submit(hub, SubmitConfig(SLUG), submitting, {}, 'small-submit', CPU)
+    assert len(competition.submissions) == 1 and scored.public_score
+    # one that did not arrive is not made again either: it is said, and nothing is spent
+    competition.fail('CreateCodeSubmission', 503)
+    with pytest.raises(UserError, match='a submission whose answer was lost'):
+        commit_and_submit(hub, SubmitConfig(SLUG), submitting, {}, 'small-submit', CPU)
+    assert len(competition.submissions) == 1
+
+
 # ---- downloads
 def test_what_is_compressed_on_its_way_arrives_whole(server, hub, tmp_path):
     server.gzip = True
@@ -147,6 +159,18 @@ def test_a_crashed_session_goes_on_from_its_checkpoint(server, hub, tmp_path, ho
     assert last.expect['values']['resume_from'] == 'datasets/me/crashing-checkpoint/run'
     with zipfile.ZipFile(server.job(last.ref).output/'run.zip') as z: saved = z.namelist()
     assert len([name for name in saved if name.endswith('.pt')]) == 10 and len(pushes(server)) == 2, messages
+
+
+def test_a_kaggle_that_does_not_answer_costs_no_checkpoint(server, hub, tmp_path):
+    "What was saved is unknown then; the session is not begun anew from its old start."
+    parameters = "out = 'run'\nresume_from = ''\ntime_limit = -1.0\ndies = 4\nhow = 'killed'"
+    kernel = write_notebook(tmp_path/'crashes.ipynb', CRASHES, parameters=parameters)
+    def say(text):
+        if 'cancel' in text: server.fail('ListKernelSessionOutput', *[503]*50)
+    with pytest.raises(Refused, match='does not answer'): run_relay(hub, 'crashing', kernel, {}, CPU, say=say)
+    assert len(pushes(server)) == 1
+    server.faults.clear()
+    assert run_relay(hub, 'crashing', kernel, {}, CPU, say=lambda text: None).ref == 'me/crashing-2'
 
 
 # ---- archives
@@ -255,6 +279,16 @@ def test_models_as_the_site_spells_them(server, hub, model, tmp_path):
     assert server.job(pushed.ref).status == 'COMPLETE'
     with pytest.raises(UserError, match='no official DeBERTa.*bundle --folder'):
         Sources.of(['microsoft/deberta-v3-large'])
+
+
+# ---- the client
+def test_the_client_that_was_asked_for_is_tested(hub):
+    "`make test-kaggle` runs these tests with both: what they can do is seen by signature, not by number."
+    import inspect
+    import kaggle
+    client = os.environ.get('UNDERDOG_KAGGLE_CLIENT')
+    if client: assert Path(kaggle.__file__).is_relative_to(client)
+    assert hub.exact == ('poll_interval' in inspect.signature(hub.api.competition_submit_cli).parameters)
 
 
 # ---- signing in

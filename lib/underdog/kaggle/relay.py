@@ -150,7 +150,8 @@ class _Relay:
 
         `UserError` where that would not help."""
         failed = f'session {session.number} ({session.ref}) failed: {state.why}'
-        step = saved_step(self.hub, session, out)
+        # what never began has written nothing
+        step = saved_step(self.hub, session, out) if state.push == session.push else 0
         further = step > session.expect.get('step', 0)
         stopped = state.status == 'CANCEL_ACKNOWLEDGED' and (further or session.number not in self.repeated)
         if not stopped and session.push not in reported:

@@ -11,13 +11,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..core import UserError, file_hash
+from .account import Refused
 from .ship import ship
 from .watch import output_of_push, pull_output
 
 # %% ../../../nbs/7_kaggle/07a_rescue.ipynb #2ae7399e
-def saved_step(hub, session, out, grace_s=60.):
-    "The step of the newest checkpoint of the run `out` in the output of a crashed `session`; 0 where there is none."
+def saved_step(hub, session, out, grace_s=900.):
+    """The step of the newest checkpoint of the run `out` in the output of a crashed `session`; 0 where there is none.
+
+    `grace_s`: seconds that Kaggle may take to show that output."""
     try: files = output_of_push(hub, session.ref, session.push, grace_s).files
+    except Refused as e:
+        # a Kaggle that does not answer says nothing of what was saved
+        if e.kind != 'missing': raise
+        return 0
     except UserError: return 0   # it never started, or its output is gone
     if f'{out}/config.json' not in files or f'{out}/status.json' not in files: return 0
     checkpoints = re.compile(rf'{re.escape(out)}/checkpoint/step-(\d+)\.json')
