@@ -23,7 +23,7 @@ from underdog.kaggle.account import Hub, Refused
 from underdog.kaggle.contents import find_key
 from underdog.kaggle.leaderboard import read_scores
 from underdog.kaggle.ledger import gpu_quota, home_folder, note_run, read_ledger
-from underdog.kaggle.proof import expectation, proof_source
+from underdog.kaggle.proof import expectation, last_source, proof_source
 from underdog.kaggle.names import Sources, inputs_of
 from underdog.kaggle.push import PushConfig, _check_answer, push_kernel, pushed_notebook
 from underdog.kaggle.relay import _session_hours, run_relay
@@ -140,13 +140,14 @@ def test_title_and_slug_agree_and_another_name_is_noticed(server, hub, kernel):
 # ---- the first cell
 def test_the_first_cell_needs_nothing_but_python():
     "It runs before the library is there, on the Python of whatever image the kernel gets."
-    tree = ast.parse(proof_source(dict(push='x')), feature_version=(3, 10))
+    tree = ast.parse(f"{proof_source(dict(push='x'))}\n{last_source()}", feature_version=(3, 10))
     for node in ast.walk(tree):
         assert not isinstance(node, ast.ImportFrom)
         if isinstance(node, ast.Import):
             for name in node.names: assert name.name in sys.stdlib_module_names, name.name
-    # every global name that it uses is its own
+    # every name that it calls is its own: a function, or an argument of one
     own = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)} | {'EXPECT'}
+    own |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
     called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
     builtins = set(dir(__builtins__)) if not isinstance(__builtins__, dict) else set(__builtins__)
     assert called <= own | builtins
