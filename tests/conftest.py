@@ -1,5 +1,6 @@
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,11 @@ settings.register_profile('busy', deadline=None, suppress_health_check=[HealthCh
 settings.load_profile('busy')
 REPO = Path(__file__).resolve().parents[1]
 OFFLINE = REPO/'tests'/'offline'
+
+# a Kaggle client of another version, in a folder of its own (pip install --target); for children, too
+if os.environ.get('UNDERDOG_KAGGLE_CLIENT'):
+    sys.path.insert(0, os.environ['UNDERDOG_KAGGLE_CLIENT'])
+    os.environ['PYTHONPATH'] = os.pathsep.join([os.environ['UNDERDOG_KAGGLE_CLIENT'], os.environ.get('PYTHONPATH', '')])
 
 # no test reaches another machine: neither this process nor one that it starts
 os.environ['PYTHONPATH'] = os.pathsep.join([str(OFFLINE), os.environ.get('PYTHONPATH', '')])
@@ -58,3 +64,40 @@ def world(tmp_path_factory):
 def finished(world, tmp_path_factory):
     "A small run that is trained to its end."
     return small_run(world, tmp_path_factory.mktemp('finished')/'run')
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    "A Kaggle of its own for a test, and nothing that an earlier one left."
+    from kaggle_server import KaggleServer
+    for name in ('UNDERDOG_HOME', 'UNDERDOG_CACHE'): monkeypatch.setenv(name, str(tmp_path/name))
+    kaggle = KaggleServer(tmp_path/'server').start()
+    yield kaggle
+    kaggle.stop()
+
+
+@pytest.fixture
+def hub(server):
+    "An account there, which does not wait long."
+    from underdog.kaggle.account import Hub
+    return Hub(poll_s=.05, first_pause_s=.01)
+
+
+COUNTER = '''import json, os, time
+from pathlib import Path
+before = Path(os.environ['UNDERDOG_KAGGLE'])/'input'/resume_from/'status.json'
+step = json.loads(before.read_text())['step'] if resume_from else 0
+if step == bad: raise ValueError('a bad step')
+time.sleep(nap)
+step = min(10, step + 4)
+Path(out).mkdir()
+status = dict(state='finished' if step == 10 else 'paused', step=step, of=10)
+Path(out, 'status.json').write_text(json.dumps(status))'''
+PARAMETERS = "out = 'run'\nresume_from = ''\ntime_limit = -1.0\nnap = 0.0\nbad = -1"
+
+
+@pytest.fixture
+def count(tmp_path):
+    "A kernel that takes three sessions to count to ten."
+    from kaggle_server import write_notebook
+    return write_notebook(tmp_path/'count.ipynb', COUNTER, parameters=PARAMETERS)

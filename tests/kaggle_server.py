@@ -5,6 +5,7 @@ with papermill in a process of its own, whose `/kaggle`-like tree holds what was
 can resolve no name but this machine's.
 """
 import csv
+import gzip
 import hashlib
 import json
 import math
@@ -23,7 +24,11 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 QUOTA = 'Maximum weekly GPU quota of 30.00 hours reached.'
 SESSIONS = 'Maximum batch GPU session count of 2 reached.'
-SHAPES = {'NvidiaTeslaT4': ['Tesla T4', 'Tesla T4'], 'NvidiaTeslaP100': ['Tesla P100-PCIE-16GB'], 'None': []}
+TIMEOUT = 'The session timeout exceeds the maximum of 43200 seconds.'
+RULES = "You must accept this competition's rules before you'll be able to use its data."
+PHONE = 'You must verify your phone number to use accelerators or the internet.'
+LICENCE = 'You must consent to the license of this model before you can use it.'
+SHAPES = {'NvidiaTeslaT4': ['Tesla T4', 'Tesla T4'], 'NvidiaL4': ['NVIDIA L4'], 'None': []}
 
 
 class KaggleError(Exception):
@@ -90,8 +95,9 @@ class Job(threading.Thread):
         server, request = self.server, self.version['request']
         for ref in request.get('datasetDataSources', []): self.mount_dataset(ref)
         for ref in request.get('kernelDataSources', []):
+            # the last that completed, which need not be the last that ran
             job = [v for v in server.kernels[ref]['versions'] if v['job'].status == 'COMPLETE'][-1]['job']
-            self.place(job.output, self.mount_point('notebooks', ref))
+            self.place(job.output, self.mount_point('notebooks', ref), pack=server.zip_mounts)
         for slug in request.get('competitionDataSources', []):
             part = 'hidden' if self.rerun else 'public'
             self.place(server.competitions[slug]/part, self.tree/'input'/(slug if self.old else f'competitions/{slug}'))
@@ -120,8 +126,13 @@ class Job(threading.Thread):
         if len(versions) > 1: shutil.copytree(versions[-2], target)
         threading.Timer(self.server.stale_s, self.place, (versions[-1], target)).start()
 
-    def place(self, source, target):
+    def place(self, source, target, pack=None):
+        """Mount what is in `source`; where it has more than `pack` files, as one archive."""
         new = target.with_name(target.name + '.new')
+        if pack is not None and sum(f.is_file() for f in source.rglob('*')) > pack:
+            new.parent.mkdir(parents=True, exist_ok=True)
+            shutil.make_archive(str(new/'_output_'), 'zip', source)
+            return new.rename(target)
         shutil.copytree(source, new)
         for archive in [f for f in new.rglob('*') if f.suffix in ('.zip', '.tar') and self.server.extract]:
             (zipfile.ZipFile if archive.suffix == '.zip' else tarfile.open)(archive).extractall(archive.with_suffix(''))
@@ -212,11 +223,34 @@ class KaggleServer:
         self.extra_output = []          # files that an output lists besides its own
         self.replace_shape = None       # what every machine shape becomes
         self.refuse = ''                # an error for every push
+        self.max_timeout_s = 12*3600    # of a session; more is refused
+        self.zip_mounts = None          # files of an output above which it is mounted as _output_.zip
+        # hostile: what is read back
+        self.readback_lag = 0           # looks at a kernel that show the version before
+        self.session_shape = ''         # the shape that is shown: that of some last session
+        self.gzip = False               # are downloads compressed on their way?
+        # hostile: what the account may not do yet
+        self.phone = True               # is the phone number confirmed?
+        self.no_rules = set()           # competitions whose rules are not accepted
+        self.no_licence = set()         # models (owner/model) whose licence is not accepted
+        self.drop_models = False        # are models left out of every push?
+        # competitions
+        self.max_daily, self.max_total = 5, 10**6
+        self.closed = set()             # competitions that take no submissions
+        self.deadline = '2030-01-01T00:00:00Z'
+        self.tokens = {}                # {access token: user}
         # the GPU quota
         self.used_s = 0.
         self.total_s = 30*3600
         self.slots = 2                  # sessions at a time
         self.clock_factor = 1.          # seconds that it counts for one of ours
+
+    def hostile(self):
+        "All at once that Kaggle may do and that harms nobody who minds it."
+        self.readback_lag, self.status_lag = 3, 2
+        self.session_shape = 'NvidiaL4'
+        self.gzip = True
+        return self
 
     # ---- life
     def start(self):
@@ -381,6 +415,21 @@ class KaggleServer:
         if self._instance(r) not in self.models: raise KaggleError(404, 'model instance not found')
         return dict(slug=r['instanceSlug'], versionNumber=len(self.models[self._instance(r)]), id=1)
 
+    def ListModelInstanceVersionFiles(self, r):
+        folder = self._model_version(r)
+        return dict(files=[dict(name=f.name, size=f.stat().st_size) for f in sorted(folder.iterdir())])
+
+    def DownloadModelInstanceVersion(self, r):
+        folder = self._model_version(r)
+        if f"{r['ownerSlug']}/{r['modelSlug']}" in self.no_licence: raise KaggleError(403, LICENCE)
+        path = next(f for f in folder.iterdir() if not r.get('path') or f.name == r['path'])
+        return Redirect(f'{self.url}/files/{path.relative_to(self.root)}')
+
+    def _model_version(self, r):
+        ref, number = self._instance(r), r.get('versionNumber', 0)
+        if not 0 < number <= len(self.models.get(ref, [])): raise KaggleError(404, 'model version not found')
+        return self.models[ref][number - 1]
+
     def CreateModelInstance(self, r):
         ref = self._instance(r | r['body'])
         self.models[ref] = [self._store('models', ref, r['body'].get('files', []), 1)]
@@ -395,33 +444,37 @@ class KaggleServer:
     def SaveKernel(self, r):
         gpu = r.get('machineShape', '') not in ('', 'None') or r.get('enableGpu', False)
         if self.refuse: return dict(error=self.refuse)
+        if not self.phone and (gpu or r.get('enableInternet')): raise KaggleError(403, PHONE)
+        if r.get('sessionTimeoutSeconds', 0) > self.max_timeout_s: raise KaggleError(400, TIMEOUT)
         if gpu and self.used_s >= self.total_s: return dict(error=QUOTA)
         if gpu and self._running() >= self.slots: return dict(error=SESSIONS)
         owner, slug = r['slug'].split('/')
         # a new kernel is named by its title
         if r.get('newTitle') and r['slug'] not in self.kernels: slug = slugify(r['newTitle'])
         ref = f'{owner}/{slug}'
-        kernel = self.kernels.setdefault(ref, dict(versions=[], title=r.get('newTitle'), lag=0))
+        kernel = self.kernels.setdefault(ref, dict(versions=[], title=r.get('newTitle'), lag=0, readback=0))
         # sources that are not there are left out
         known = {
             'datasetDataSources': self.datasets,
-            'competitionDataSources': self.competitions,
+            'competitionDataSources': set(self.competitions) - self.no_rules,
             'kernelDataSources': self.kernels,
-            'modelDataSources': {f'{k}/{i + 1}' for k, v in self.models.items() for i in range(len(v))},
+            'modelDataSources': {f'{k}/{i + 1}' for k, v in self._usable_models() for i in range(len(v))},
         }
         is_there = lambda source, held: source in held or source.rsplit('/', 1)[0] in held
         dropped = {k: [s for s in r.get(k, []) if not is_there(s, held)] for k, held in known.items()}
         request = r | {k: [s for s in r.get(k, []) if s not in dropped[k]] for k in known}
-        shape = self.replace_shape or r.get('machineShape') or ('NvidiaTeslaP100' if r.get('enableGpu') else 'None')
+        shape = self.replace_shape or r.get('machineShape') or ('NvidiaTeslaT4' if r.get('enableGpu') else 'None')
         version = {
             'request': request,
-            'shape': shape if shape in SHAPES else 'NvidiaTeslaP100',
+            # what is retired or unknown becomes the default
+            'shape': shape if shape in SHAPES else 'NvidiaTeslaT4',
             'gpu': gpu,
             'number': len(kernel['versions']) + 1,
         }
         version['job'] = Job(self, ref, version, self.root/'sessions'/ref/str(version['number']))
         kernel['versions'].append(version)
         kernel['lag'] = self.status_lag if len(kernel['versions']) > 1 else 0
+        kernel['readback'] = self.readback_lag
         version['job'].start()
         field = lambda k: f'invalid{k[0].upper()}{k[1:]}'.replace('DataSources', 'Sources')
         return {
@@ -431,6 +484,10 @@ class KaggleServer:
             'kernelId': 1,
             **{field(k): sources for k, sources in dropped.items()},
         }
+
+    def _usable_models(self):
+        if self.drop_models: return []
+        return [(k, v) for k, v in self.models.items() if '/'.join(k.split('/')[:2]) not in self.no_licence]
 
     def _running(self):
         "Sessions that hold a GPU."
@@ -455,14 +512,19 @@ class KaggleServer:
 
     def GetKernel(self, r):
         ref, kernel = self._kernel(r)
-        v = kernel['versions'][-1]
+        versions = kernel['versions']
+        if kernel['readback'] > 0:
+            kernel['readback'] -= 1
+            versions = versions[:-1]
+            if not versions: raise KaggleError(403, "Permission 'kernels.get' was denied")
+        v = versions[-1]
         request = v['request']
         return {
             'metadata': {
                 'ref': ref,
                 'id': 1,
                 'title': kernel['title'] or '',
-                'machineShape': v['shape'],
+                'machineShape': self.session_shape or v['shape'],
                 'dockerImage': 'gcr.io/kaggle-gpu-images/python@sha256:feed',
                 'currentVersionNumber': v['number'],
                 'isPrivate': request.get('isPrivate', False),
@@ -480,7 +542,8 @@ class KaggleServer:
 
     def ListKernelSessionOutput(self, r):
         job = self._shown_version(r, spend=True)['job']
-        files = sorted(f for f in job.output.rglob('*') if f.is_file()) if job.status == 'COMPLETE' else []
+        # of the last version that ran, also when it failed
+        files = sorted(f for f in job.output.rglob('*') if f.is_file()) if job.over else []
         url = lambda f: f'{self.url}/files/{f.relative_to(self.root)}'
         rows = [dict(url=url(f), fileName=str(f.relative_to(job.output))) for f in files] + self.extra_output
         at, size = int(r.get('pageToken') or 0), r.get('pageSize') or 20
@@ -504,6 +567,8 @@ class KaggleServer:
 
     # ---- submissions
     def CreateCodeSubmission(self, r):
+        if self._limits(r)['numAllowedNow'] <= 0: raise KaggleError(400, 'No submission is left')
+        if r['competitionName'] in self.closed: raise KaggleError(400, 'The competition takes no submissions')
         ref = f"{r['kernelOwner']}/{r['kernelSlug']}"
         version = self.kernels[ref]['versions'][r['kernelVersion'] - 1]
         if version['request'].get('enableInternet'):
@@ -542,9 +607,35 @@ class KaggleServer:
 
     def GetSubmission(self, r): return self._submission(self.submissions[r['ref'] - 1])
 
-    def GetSubmissionLimits(self, r):
-        count = len(self.submissions)
-        return dict(numToday=count, numTotal=count, numAllowedNow=5 - count)
+    def GetSubmissionLimits(self, r): return self._limits(r)
+
+    def _limits(self, r):
+        count = len([s for s in self.submissions if s['competition'] == r['competitionName']])
+        today, ever = self.max_daily - count, self.max_total - count
+        return {
+            'numToday': count,
+            'numTotal': count,
+            'numAllowedNow': max(0, min(today, ever)),
+            'limitedByTotal': ever < today,
+        }
+
+    def GetCompetition(self, r):
+        slug = r['competitionName']
+        if slug not in self.competitions: raise KaggleError(404, 'Not found')
+        return {
+            'id': 1,
+            'ref': f'https://www.kaggle.com/competitions/{slug}',
+            'title': slug,
+            'deadline': self.deadline,
+            'userHasEntered': slug not in self.no_rules,
+            'maxDailySubmissions': self.max_daily,
+            'submissionsDisabled': slug in self.closed,
+        }
+
+    # ---- access tokens
+    def IntrospectToken(self, r):
+        user = self.tokens.get(r['token'])
+        return dict(active=True, username=user) if user else dict(active=False)
 
 
 class Redirect(str): pass
@@ -576,7 +667,8 @@ class Handler(BaseHTTPRequestHandler):
                 if code == 429:
                     return self.reply(429, dict(code=429, message='Too many requests'), headers={'Retry-After': '0.01'})
                 return self.reply(code, dict(code=code, message='Service unavailable'))
-            if not (self.headers.get('Authorization') or '').startswith(('Basic', 'Bearer')):
+            scheme, _, token = (self.headers.get('Authorization') or '').partition(' ')
+            if method != 'IntrospectToken' and not (scheme == 'Basic' or token in k.tokens):
                 return self.reply(401, dict(code=401, message='Unauthenticated'))
             try: answer = getattr(k, method)(body)
             except KaggleError as e: return self.reply(e.code, dict(code=e.code, message=str(e)), headers=e.headers)
@@ -608,10 +700,11 @@ class Handler(BaseHTTPRequestHandler):
         if self.path.startswith('/files/'):
             path = (k.root/self.path.removeprefix('/files/').split('?')[0]).resolve()
             if not path.is_relative_to(k.root.resolve()) or not path.is_file(): return self.reply(404)
-            headers = {'Last-Modified': 'Mon, 23 Nov 2026 00:00:00 GMT'}
-            return self.reply(200, path.read_bytes(), 'application/octet-stream', headers)
-        match = re.match(r'/api/v1/kernels/logs/stream/([^/]+)/([^/?]+)', self.path)
-        if match: return self.stream(k.kernels[f'{match[1]}/{match[2]}']['versions'][-1]['job'])
+            headers, data = {'Last-Modified': 'Mon, 23 Nov 2026 00:00:00 GMT'}, path.read_bytes()
+            if k.gzip: headers, data = headers | {'Content-Encoding': 'gzip'}, gzip.compress(data)
+            return self.reply(200, data, 'application/octet-stream', headers)
+        match = re.match(r'/api/v1/kernels/logs/stream/([^/]+)/([^/?]+)(?:\?versionLabel=v?(\d+))?', self.path)
+        if match: return self.stream(k.kernels[f'{match[1]}/{match[2]}']['versions'][int(match[3] or 0) - 1]['job'])
         self.reply(404)
 
     def stream(self, job):

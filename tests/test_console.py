@@ -29,7 +29,7 @@ def test_help_costs_nothing():
     heavy = {'torch', 'pandas', 'matplotlib', 'transformers', 'kaggle'}
     done = subprocess.run([sys.executable, '-c', f'HEAVY = {heavy}\n{code}'], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr.strip() == '', done.stderr
-    for command in COMMANDS: assert f'│ {command.__name__} ' in done.stdout
+    for command in COMMANDS: assert f"│ {command.__name__.replace('_', '-')} " in done.stdout
 
 
 @pytest.mark.parametrize('command', COMMANDS, ids=lambda c: c.__name__)

@@ -311,7 +311,15 @@ def test_competitions_are_found_by_name_slug_and_columns():
         assert get_competition(c.name) is c and get_competition(c.slug) is c
         assert c.submission_columns[0] == 'id' and len(c.label_columns) in (1, c.n_classes)
     with pytest.raises(UserError, match='did you mean lmsys'): get_competition('lmsis')
-    assert detect_competition(['id', 'prompt', *LMSYS.label_columns]) is LMSYS
-    assert detect_competition(['id', 'prompt', 'winner']) is WSDM and detect_competition(['id', 'prompt']) is LMSYS
+    assert detect_competition(['id', 'prompt', *LMSYS.label_columns]) is LLM_FINETUNING
+    assert detect_competition(['id', 'prompt', 'winner']) is WSDM
+    assert detect_competition(['id', 'prompt']) is LLM_FINETUNING
     assert LLM_FINETUNING.slug == 'llm-classification-finetuning'
     assert (WSDM.classes, WSDM.metric) == (('a', 'b'), 'accuracy')
+
+
+def test_a_run_of_the_closed_board_is_one_of_the_open_board():
+    "Same files, same question: it is resumed and blended; a run of another question is not."
+    from underdog.training.prepare import differences
+    old, new, other = (dict(competition=c.name) for c in (LMSYS, LLM_FINETUNING, WSDM))
+    assert differences(old, new) == [] and differences(old, other) == ['competition']

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import nbformat
 import pytest
-from kaggle_server import QUOTA, SESSIONS, KaggleServer, write_notebook
+from kaggle_server import QUOTA, SESSIONS, write_notebook
 
 from underdog.core import UserError
 from underdog.kernels import find_kernel
@@ -23,25 +23,14 @@ from underdog.kaggle.account import Hub, Refused
 from underdog.kaggle.contents import find_key
 from underdog.kaggle.leaderboard import read_scores
 from underdog.kaggle.ledger import gpu_quota, home_folder, note_run, read_ledger
-from underdog.kaggle.proof import expectation, proof_source
-from underdog.kaggle.push import PushConfig, Sources, _check_answer, inputs_of, push_kernel, pushed_notebook
+from underdog.kaggle.proof import expectation, last_source, proof_source
+from underdog.kaggle.names import Sources, inputs_of
+from underdog.kaggle.push import PushConfig, _check_answer, push_kernel, pushed_notebook
 from underdog.kaggle.relay import _session_hours, run_relay
 from underdog.kaggle.ship import library_bundle, remote_manifest, ship, ship_model
 from underdog.kaggle.watch import follow_log, kernel_state, pull_output, wait_for_kernel
 
 CPU = PushConfig(shape='', gpus=0)
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    for name in ('UNDERDOG_HOME', 'UNDERDOG_CACHE'): monkeypatch.setenv(name, str(tmp_path/name))
-    kaggle = KaggleServer(tmp_path/'server').start()
-    yield kaggle
-    kaggle.stop()
-
-
-@pytest.fixture
-def hub(server): return Hub(poll_s=.05, first_pause_s=.01)
 
 
 @pytest.fixture
@@ -95,13 +84,19 @@ def test_a_refused_push_is_exit_code_0_of_the_client_and_an_error_of_ours(server
     assert e.value.kind == kind
 
 
-@pytest.mark.parametrize('spec,source', [
-    ('me/nowhere/x.csv', 'me/nowhere'),
-    ('competitions/nothing/x.csv', 'nothing'),
-    ('notebooks/me/nobody/run', 'me/nobody'),
-    ('models/me/no/transformers/m/1', 'me/no/transformers/m'),
+@pytest.mark.parametrize('spec,message', [
+    ('me/nowhere/x.csv', 'dataset me/nowhere is not on Kaggle'),
+    ('competitions/nothing/x.csv', 'competition nothing: not there'),
+    ('models/me/no/transformers/m/1', 'no such model.*https://www.kaggle.com/models/me/no'),
 ])
-def test_a_dropped_source_is_an_error_and_the_kernel_stops_in_its_first_cell(server, hub, tmp_path, spec, source):
+def test_what_kaggle_would_leave_out_is_asked_before_a_push(server, hub, kernel, spec, message):
+    with pytest.raises(Refused, match=message):
+        push_kernel(hub, kernel, {}, 'small-kernel', settings=replace(CPU, sources=(spec,)))
+    assert not server.kernels
+
+
+def test_a_dropped_source_is_an_error_and_the_kernel_stops_in_its_first_cell(server, hub, tmp_path):
+    spec, source = 'notebooks/me/nobody/run', 'me/nobody'
     k = write_notebook(tmp_path/'k.ipynb', 'open("reached", "w")')
     settings = replace(CPU, sources=(spec,), wait_s=.2)
     with pytest.raises(UserError, match=f'left out {source}'):
@@ -111,10 +106,10 @@ def test_a_dropped_source_is_an_error_and_the_kernel_stops_in_its_first_cell(ser
     assert 'is not mounted' in kernel_state(hub, 'me/small-kernel').why
 
 
-def test_a_replaced_shape_is_an_error_and_costs_seconds(server, hub, kernel):
-    server.replace_shape = 'NvidiaTeslaP100'
-    with pytest.raises(UserError, match='NvidiaTeslaT4 was asked for and Kaggle gave NvidiaTeslaP100'):
-        push_kernel(hub, kernel, {}, 'small-kernel')
+def test_a_replaced_shape_is_a_doubt_and_costs_seconds(server, hub, kernel):
+    server.replace_shape = 'NvidiaL4'
+    pushed = push_kernel(hub, kernel, {}, 'small-kernel')
+    assert 'NvidiaTeslaT4 was asked for and Kaggle shows NvidiaL4' in pushed.doubt
     server.job('me/small-kernel')
     assert '2 GPUs were asked for and there are 1' in kernel_state(hub, 'me/small-kernel').why
 
@@ -145,13 +140,14 @@ def test_title_and_slug_agree_and_another_name_is_noticed(server, hub, kernel):
 # ---- the first cell
 def test_the_first_cell_needs_nothing_but_python():
     "It runs before the library is there, on the Python of whatever image the kernel gets."
-    tree = ast.parse(proof_source(dict(push='x')), feature_version=(3, 10))
+    tree = ast.parse(f"{proof_source(dict(push='x'))}\n{last_source()}", feature_version=(3, 10))
     for node in ast.walk(tree):
         assert not isinstance(node, ast.ImportFrom)
         if isinstance(node, ast.Import):
             for name in node.names: assert name.name in sys.stdlib_module_names, name.name
-    # every global name that it uses is its own
+    # every name that it calls is its own: a function, or an argument of one
     own = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)} | {'EXPECT'}
+    own |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
     called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
     builtins = set(dir(__builtins__)) if not isinstance(__builtins__, dict) else set(__builtins__)
     assert called <= own | builtins
@@ -338,25 +334,6 @@ def test_the_table_of_scores_survives_a_torn_line_and_knows_competitions_apart(s
 
 
 # ---- the relay
-COUNTER = '''import json, os, time
-from pathlib import Path
-before = Path(os.environ['UNDERDOG_KAGGLE'])/'input'/resume_from/'status.json'
-step = json.loads(before.read_text())['step'] if resume_from else 0
-if step == bad: raise ValueError('a bad step')
-time.sleep(nap)
-step = min(10, step + 4)
-Path(out).mkdir()
-status = dict(state='finished' if step == 10 else 'paused', step=step, of=10)
-Path(out, 'status.json').write_text(json.dumps(status))'''
-PARAMETERS = "out = 'run'\nresume_from = ''\ntime_limit = -1.0\nnap = 0.0\nbad = -1"
-
-
-@pytest.fixture
-def count(tmp_path):
-    "A kernel that takes three sessions to count to ten."
-    return write_notebook(tmp_path/'count.ipynb', COUNTER, parameters=PARAMETERS)
-
-
 def test_a_relay_whose_laptop_dies_goes_on_from_another(server, hub, tmp_path, count):
     code = '''import sys
 from underdog.kaggle.account import Hub

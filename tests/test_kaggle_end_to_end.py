@@ -98,6 +98,14 @@ def underdog(server, root, *args, code=0):
     return done.stdout + done.stderr
 
 
+def unpacked(job, place):
+    "A copy of what a session wrote, its folders of many files unpacked; their path."
+    shutil.copytree(job.output, place)
+    for archive in place.glob('*.zip'):
+        with zipfile.ZipFile(archive) as z: z.extractall(archive.with_suffix(''))
+    return place
+
+
 def p_of(values): return [x for k, v in values.items() for x in ('-p', f'{k}={v}')]
 
 
@@ -120,14 +128,15 @@ def test_from_an_empty_folder_to_a_score(world, kaggle, tmp_path, monkeypatch):
     output = underdog(server, root, 'relay', 'train', '--name', 'tiny-relay', *p_of(TRAIN), '--hours', '1', *cpu)
     assert 'paused, step' in output and 'session 3: finished' in output and 'notebooks/me/tiny-relay-3/run' in output
     sessions = [server.job(f'me/tiny-relay-{k}') for k in (1, 2, 3)]
-    steps = [read_json(job.output/'run'/'status.json') for job in sessions]
+    outputs = [unpacked(job, tmp_path/f'session{k}') for k, job in enumerate(sessions)]
+    steps = [read_json(output/'run'/'status.json') for output in outputs]
     assert [status['state'] for status in steps] == ['paused', 'paused', 'finished']
     assert 0 < steps[0]['step'] < steps[1]['step'] < steps[2]['of']
 
     # the run is that of one uninterrupted training on this machine
     monkeypatch.setenv('UNDERDOG_CACHE', str(tmp_path/'cache'))
     here = train_here(world, tmp_path/'run')
-    there = RunFolder.open(sessions[2].output/'run')
+    there = RunFolder.open(outputs[2]/'run')
     weights = lambda run: {f.name: f.read_bytes() for f in run.adapter.glob('*.safetensors')}
     assert weights(here) == weights(there)
     assert there.config['build_id'] == build_id()

@@ -101,7 +101,7 @@ def test_texts_are_short_enough_for_a_demo(sample):
 
 def test_read_back_as_made(sample, paths):
     train, report = read_rows(paths['train.csv'])
-    assert report.labelled and report.competition == 'lmsys' and len(train) == 400
+    assert report.labelled and report.competition == 'llm-classification' and len(train) == 400
     assert train['id'].tolist() == sample.train['id'].tolist()
     assert (labels_of(train, LMSYS) == labels_of(sample.train, LMSYS)).all()
     fixed = lambda turns: [(t or '').encode('utf-16', 'surrogatepass').decode('utf-16', 'replace') for t in turns]

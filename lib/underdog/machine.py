@@ -7,13 +7,13 @@ __all__ = ['on_kaggle', 'scored_run', 'kaggle_root', 'cache_folder', 'library_ro
            'gpu_count', 'free_bytes', 'peak_memory_gb', 'seed_everything', 'quiet']
 
 # %% ../../nbs/01_machine.ipynb #411b4a87
-import logging, os, sys, warnings
+import logging, os, shutil, sys, tempfile, warnings, zipfile
 from glob import escape
 from pathlib import Path
 
 import numpy as np
 
-from .core import UserError
+from .core import UserError, fingerprint
 
 # %% ../../nbs/01_machine.ipynb #ac61174b
 def on_kaggle():
@@ -48,9 +48,15 @@ def resolve_input(spec, root=None):
     try:
         local = Path(os.path.expanduser(spec))
         if local.exists(): return local
-        for pattern in _mounts(spec.removeprefix(f'{root}/').removeprefix('/kaggle/input/').strip('/')):
+        patterns = list(_mounts(spec.removeprefix(f'{root}/').removeprefix('/kaggle/input/').strip('/')))
+        for pattern in patterns:
             matches = sorted(root.glob(pattern))
             if matches: return matches[0]
+        # or it travelled in an archive that was left packed
+        for pattern in patterns:
+            unpacked = _from_archive(root, pattern.split('/'))
+            if unpacked: return unpacked
+    except zipfile.BadZipFile as e: raise UserError(f'{spec}: it lies in an archive that is broken ({e})') from None
     except (OSError, ValueError, NotImplementedError): pass   # a name too long, or with a NUL, is no file either
     there = f', nor under {root}, which holds: {_tree(root)}' if root.exists() else ''
     raise UserError(f'{spec}: no such file or folder{there}; check the path, or attach the dataset to the kernel')
@@ -68,6 +74,38 @@ def _mounts(rest):
     # the old layout, which has no kinds … and no owners
     yield escape(tail)
     if '/' in tail: yield escape(tail.split('/', 1)[1])
+
+def _from_archive(root, parts):
+    "The path `parts` (a pattern each) below `root` where archives on the way are unpacked; None where it is not."
+    for depth in range(len(parts) - 1, 0, -1):
+        for folder in sorted(root.glob('/'.join(parts[:depth]))):
+            path = _unpacked(folder, parts[depth:])
+            if path: return path
+    return None
+
+def _unpacked(folder, names):
+    path = folder.joinpath(*names)
+    if path.exists() or not names: return path if path.exists() else None
+    # Kaggle's archive of a whole output; ours, or Kaggle's, of one folder, which need not hold its name
+    packed = folder/f'{names[0]}.zip'
+    for archive, inner in ((folder/'_output_.zip', names), (packed, names), (packed, names[1:])):
+        if archive.is_file():
+            path = _unpacked(_unpack(archive), inner)
+            if path: return path
+    return None
+
+def _unpack(archive):
+    "The folder in the cache that holds what is in `archive`; unpacked once."
+    stat = archive.stat()
+    folder = cache_folder()/'unpacked'/fingerprint(str(archive), stat.st_size, stat.st_mtime_ns)
+    if folder.exists(): return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(dir=folder.parent))
+    with zipfile.ZipFile(archive) as z: z.extractall(new)
+    # another process may have been faster
+    try: new.rename(folder)
+    except OSError: shutil.rmtree(new)
+    return folder
 
 def _tree(root, limit=30):
     "The first names below `root`, three levels deep."

@@ -16,7 +16,7 @@ from .tables import argument, option, params, print_table
 
 # %% ../../../nbs/8_console/06_commands.ipynb #de28930a
 CSV = argument(Path, 'train.csv or test.csv of a competition (or .parquet)')
-COMPETITION = option(str, 'lmsys, llm-classification or wsdm; found from the columns if left out')
+COMPETITION = option(str, 'llm-classification, lmsys or wsdm; found from the columns if left out')
 PARAMS = option(list[str] | None, 'key=value, may be repeated', '-p', '--param')
 
 def _competition(name):
@@ -120,7 +120,7 @@ def doctor(
 def submission(
     file: argument(Path, 'submission.csv'),
     sample: option(Path, 'sample_submission.csv'),
-    competition: COMPETITION = 'lmsys',
+    competition: COMPETITION = 'llm-classification',
 ):
     "Validate a submission: ids, order, columns, finite numbers that sum to 1."
     from underdog.data.submission import check_submission

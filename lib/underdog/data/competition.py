@@ -29,6 +29,11 @@ class Competition:
         "How many outcomes there are: 3 with ties, else 2."
         return len(self.classes)
 
+    @property
+    def question(self):
+        "What is asked, whoever asks it: LMSYS and the board that inherited its files agree."
+        return self.label_columns, self.submission_columns, self.classes, self.json_turns
+
 # %% ../../../nbs/1_data/00_competition.ipynb #8bf6065a
 _THREE = ('winner_model_a', 'winner_model_b', 'winner_tie')
 
@@ -58,7 +63,7 @@ WSDM = Competition(
     hours=12.0)
 
 # %% ../../../nbs/1_data/00_competition.ipynb #bc4933ed
-COMPETITIONS = (LMSYS, LLM_FINETUNING, WSDM)
+COMPETITIONS = (LLM_FINETUNING, LMSYS, WSDM)   # the open one first
 
 # %% ../../../nbs/1_data/00_competition.ipynb #43d6d895
 def get_competition(name):
@@ -68,6 +73,6 @@ def get_competition(name):
     raise UserError(f'unknown competition {name!r}: {nearest(name, [c.name for c in COMPETITIONS])}')
 
 def detect_competition(columns):
-    "The competition whose label columns are among `columns`; LMSYS where nothing says WSDM, as its texts are the same."
-    if set(_THREE) & set(columns): return LMSYS
-    return WSDM if {'winner', 'language', 'scored'} & set(columns) else LMSYS
+    "The competition whose label columns are among `columns`; the open board where nothing says WSDM."
+    if set(_THREE) & set(columns): return LLM_FINETUNING
+    return WSDM if {'winner', 'language', 'scored'} & set(columns) else LLM_FINETUNING

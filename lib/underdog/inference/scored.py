@@ -157,7 +157,7 @@ def _checked_runs(runs, cfg):
         raise UserError('no run folder is given; give the folder that training wrote, or several with commas')
     for run in folders: check_run(run, cfg)
     competitions = sorted({run.config['competition'] for run in folders})
-    if len(competitions) > 1:
+    if len({get_competition(name).question for name in competitions}) > 1:
         raise UserError(f"runs of different competitions: {', '.join(competitions)}; blend only runs of one")
     return folders
 

@@ -24,21 +24,27 @@ _KINDS = {   # pattern in Kaggle's message: (kind, what to do)
                    'save it once, or choose another name'),
     r'already in use': (
         'taken', 'choose another slug'),
-    r'verif': (
-        'unverified', 'confirm your phone number in the settings of your account; GPUs and the internet want it'),
+    r'verif|phone': (
+        'unverified', 'confirm your phone number on https://www.kaggle.com/settings; GPUs and the internet want it'),
+    r'licen[cs]e|consent|gated': (
+        'licence', 'accept the licence of the model on its page'),
     r'rules': (
         'rules', 'accept the rules of the competition on its page'),
+    r'time-?out.*(max|limit|exceed|too)|(max|limit|exceed).*time-?out': (
+        'too_long', 'give it fewer hours'),
 }
 
 class Refused(UserError):
     """Kaggle said no.
 
-    `kind`: quota, sessions, missing, taken, unverified, rules, credentials, busy or other.
-    `pause`: seconds after which another attempt makes sense (-1: Kaggle does not say), None where it does not."""
-    def __init__(self, message, kind='other', pause=None):
+    `kind`: quota, sessions, missing, taken, unverified, rules, licence, too_long, credentials, busy or other.
+    `pause`: seconds after which another attempt makes sense (-1: Kaggle does not say), None where it does not.
+    `lost`: no answer came, so what was asked for may have been done all the same."""
+    def __init__(self, message, kind='other', pause=None, lost=False):
         super().__init__(message)
         self.kind = kind
         self.pause = pause
+        self.lost = lost
 
     @classmethod
     def quoting(cls, what, message):
@@ -76,14 +82,18 @@ def _explain(what, error):
     if status == 401:
         remedy = 'make a new token in the settings of your account'
         return Refused(f'{what}: Kaggle does not take these credentials; {remedy}', 'credentials')
-    if status in (403, 404): return Refused(f'{what}: not there, or not yours ({message})', 'missing')
     if status in _BUSY or not status:
-        return Refused(f'{what}: Kaggle does not answer ({message}); try again later', 'busy', wait_s)
-    return Refused.quoting(what, message)
+        words = f'{what}: Kaggle does not answer ({message}); try again later'
+        return Refused(words, 'busy', wait_s, lost=status != 429)
+    refused = Refused.quoting(what, message)
+    # 403 is for what is missing and for what has to be accepted first: the words tell them apart
+    if status in (403, 404) and refused.kind not in ('unverified', 'licence', 'rules'):
+        return Refused(f'{what}: not there, or not yours ({message})', 'missing')
+    return refused
 
 # %% ../../../nbs/7_kaggle/00_account.ipynb #b4a3645b
-_NO_CREDENTIALS = ('no Kaggle credentials: make a token in the settings of your account on kaggle.com and save it as '
-                   '~/.kaggle/access_token, or set KAGGLE_API_TOKEN')
+_NO_CREDENTIALS = ('no Kaggle credentials, or they have expired: make a token on https://www.kaggle.com/settings and '
+                   'save it as ~/.kaggle/access_token, or set KAGGLE_API_TOKEN')
 
 class Hub:
     """An account: the functions of Kaggle's client, called with patience.
@@ -131,12 +141,14 @@ class Hub:
             if 'Cannot access' in str(e): raise Refused(f'{what}: not there, or not yours', 'missing') from None
             raise Refused(f'{what}: {first_line(e)}') from None
 
-    def call_sdk(self, what, service, method, request):
-        "A call of Kaggle's SDK that the client has no function for: `service` such as kernels.kernels_api_client."
+    def call_sdk(self, what, service, method, request, use=lambda answer: answer):
+        """A call of Kaggle's SDK that the client has no function for: `service` such as kernels.kernels_api_client.
+
+        `use`: what is wanted of the answer, taken while the connection is open."""
         def do():
             with self.api.build_kaggle_client() as kaggle:
                 part, client = service.split('.')
-                return getattr(getattr(getattr(kaggle, part), client), method)(request)
+                return use(getattr(getattr(getattr(kaggle, part), client), method)(request))
         return self.call(what, do)
 
     def wait_until(self, what, look, limit_s):
@@ -181,10 +193,12 @@ def download(hub, url, path, what='', bar=True):
 def _fetch(url, path, bar):
     import requests
     from tqdm import tqdm
-    with requests.get(url, stream=True, timeout=60) as response:
+    with requests.get(url, stream=True, timeout=60, headers={'Accept-Encoding': 'identity'}) as response:
         response.raise_for_status()
+        # the length of what is compressed on its way says nothing of the file
+        encoded = response.headers.get('Content-Encoding', 'identity') != 'identity'
+        size = -1 if encoded else int(response.headers.get('Content-Length', -1))
         # nothing to do where the file is there
-        size = int(response.headers.get('Content-Length', -1))
         if path.is_file() and path.stat().st_size == size: return
         # write what comes; a bar where there is something to wait for
         hidden = not bar or size < 1e7

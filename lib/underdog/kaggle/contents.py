@@ -79,4 +79,4 @@ def check_contents(folder):
 
 def _is_checkpoint(name):
     "Is it a training's own state? That is read with weights_only, which runs no code."
-    return name.parts[0] == 'checkpoint' and name.name.startswith('step-')
+    return 'checkpoint' in name.parts[:-1] and name.name.startswith('step-')

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 from ..core import UserError, append_line, atomic_path, read_lines, read_record
 from ..data.competition import get_competition
+from .access import competition_state
+from .account import Refused
 from .ledger import home_folder, note_pushed, note_state
 from .push import Pushed, PushConfig
 from .relay import push_when_free
@@ -22,16 +24,16 @@ from .watch import pull_output, wait_for_kernel
 @dataclass(frozen=True)
 class SubmitConfig:
     "Where a kernel is submitted, and what is said of it."
-    competition: str     # lmsys, llm-classification, wsdm, or the slug
+    competition: str     # llm-classification, lmsys, wsdm, or the slug
     sample: str = ''     # sample_submission.csv of the public rows, to validate against
     message: str = ''    # for the table of scores
 
 def _submissions_left(hub, competition):
-    "How many submissions are left today; `UserError` when none is."
-    limits = hub.call(f'submission limits of {competition}', hub.api.competition_get_submission_limits, competition)
-    if not limits.num_allowed_now:
-        raise UserError(f'{competition}: no submission is left today; the same command works after 00:00 UTC')
-    return limits.num_allowed_now
+    "How many submissions are left today; `UserError` when nothing can be submitted."
+    state = competition_state(hub, competition)
+    why, page = state.refusal
+    if why: raise UserError(f'{competition}: {why}; see {page}')
+    return state.left
 
 class _CommitRun(NamedTuple):
     pushed: Pushed
@@ -44,6 +46,7 @@ def _commit_run(hub, target, say, **kwargs):
     pushed = push_when_free(hub, say, **kwargs)
     note_pushed(pushed)
     say(f'commit run: {pushed.ref}, version {pushed.version}')
+    if pushed.doubt: say(f'commit run: {pushed.doubt}')
     progress = lambda state: say(f'commit run: {state.status.lower()} {state.progress}')
     state = wait_for_kernel(hub, pushed.ref, pushed.id, pushed.version, say=progress)
     note_state(state, pushed.id, pushed.version)
@@ -67,15 +70,22 @@ def _submit_version(hub, competition, pushed, message='', say=print):
     submit = lambda: hub.api.competition_submit_code(
         file_name='submission.csv', message=text, competition=competition, kernel=pushed.ref,
         kernel_version=pushed.version, quiet=True)
-    answer = hub.call_once(f'submit to {competition}', submit)
-    say(answer.message)
-    ref = getattr(answer, 'ref', None)
-    def scored():
+    ref = None
+    def made():
         records = hub.call(f'submissions of {competition}', hub.api.competition_submissions, competition)
-        for record in records or []:
-            if record and (record.description == text or (ref and record.ref == ref)):
-                return record if _status_of(record) in ('COMPLETE', 'ERROR') else None
-        return None
+        return next((r for r in records or [] if r and (r.description == text or (ref and r.ref == ref))), None)
+    try:
+        answer = hub.call_once(f'submit to {competition}', submit)
+        say(answer.message)
+        ref = getattr(answer, 'ref', None)
+    except Refused as e:
+        if not e.lost: raise
+        # it may have been taken all the same: a second one would be spent for nothing
+        say(f'{e}; looking whether the submission is there')
+        hub.wait_until(f'{competition}: a submission whose answer was lost', made, limit_s=20*hub.poll_s)
+    def scored():
+        record = made()
+        return record if record and _status_of(record) in ('COMPLETE', 'ERROR') else None
     record = hub.wait_until(f'the score of {pushed.ref}', scored, limit_s=12*3600)
     if _status_of(record) == 'ERROR':
         raise UserError(f'{competition}: the submission of {pushed.ref} version {pushed.version} was not scored: '

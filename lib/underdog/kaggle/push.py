@@ -11,68 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core import UserError, write_json
+from ..session import KAGGLE_HOURS
 from ..kernels import check_parameters, find_kernel
+from .access import check_sources
 from .account import Refused
 from .contents import find_key
-from .proof import expectation, proof_source
-
-# %% ../../../nbs/7_kaggle/05_push.ipynb #92f12fdd
-_INPUTS = ('train_csv', 'test_csv', 'model', 'base', 'run', 'runs', 'predictions', 'resume_from', 'sample_submission',
-           'sweep')   # kernel parameters that name inputs
-_MOUNTS = ('datasets', 'competitions', 'notebooks', 'models')
-
-@dataclass(frozen=True)
-class Sources:
-    "What is attached to a kernel."
-    datasets: tuple = ()        # owner/slug
-    competitions: tuple = ()    # slug
-    kernels: tuple = ()         # owner/slug
-    models: tuple = ()          # owner/model/framework/variation/version
-
-    @classmethod
-    def of(cls, specs):
-        "Sort inputs, written as they are mounted, by kind; `UserError` for what is none."
-        names = {'datasets': [], 'competitions': [], 'kernels': [], 'models': []}
-        for spec in specs:
-            kind, name = _source_of(spec)
-            names[kind].append(name)
-        return cls(**{kind: tuple(dict.fromkeys(names[kind])) for kind in names})
-
-    @property
-    def mounts(self):
-        "Where they are mounted, below /kaggle/input."
-        folders = {'datasets': self.datasets, 'competitions': self.competitions, 'notebooks': self.kernels,
-                   'models': self.models}
-        return [f'{folder}/{name}' for folder, names in folders.items() for name in names]
-
-def _source_of(spec):
-    "(kind, name) of the source that holds an input; `UserError` where there can be none."
-    # without a kind it is a dataset
-    kind, _, rest = spec.partition('/')
-    if kind not in _MOUNTS or not rest: kind, rest = 'datasets', spec
-    parts = rest.split('/')
-    if kind == 'competitions': return kind, parts[0]
-    if kind == 'models':
-        if len(parts) < 5 or not parts[4].isdecimal():
-            raise UserError(f'{spec}: models/owner/model/framework/variation/VERSION wanted; without the version '
-                            'Kaggle does not attach it')
-        return kind, '/'.join(parts[:5])
-    if len(parts) < 2 or not all(re.fullmatch(r'[\w-]+', part) for part in parts[:2]):
-        raise UserError(f'{spec}: not an input of a kernel; write owner/slug/file of a dataset, '
-                        'competitions/slug/file, models/… or notebooks/owner/slug/folder')
-    return 'kernels' if kind == 'notebooks' else kind, '/'.join(parts[:2])
-
-# %% ../../../nbs/7_kaggle/05_push.ipynb #8abca79e
-def inputs_of(values):
-    "The inputs among the parameters of a kernel; a path of this machine is a `UserError`."
-    texts = [str(values.get(name) or '') for name in _INPUTS]
-    specs = [spec.strip() for text in texts for spec in text.split(',') if spec.strip()]
-    for spec in specs:
-        looks_local = spec.startswith(('/', '.', '~')) and not spec.startswith('/kaggle/input/')
-        if looks_local or Path(spec).exists():
-            raise UserError(f'{spec}: a path of this machine, which Kaggle does not see; send it with '
-                            '`underdog bundle --folder`, then write owner/slug/…')
-    return [spec.removeprefix('/kaggle/input/') for spec in specs]
+from .names import Sources, inputs_of, mounted_inputs
+from .proof import expectation, last_source, proof_source
 
 # %% ../../../nbs/7_kaggle/05_push.ipynb #1817d060
 @dataclass(frozen=True)
@@ -93,6 +38,9 @@ class PushConfig:
     def __post_init__(self):
         if self.gpus and not self.shape:
             raise UserError(f'gpus={self.gpus} without a machine shape: set shape=NvidiaTeslaT4, or gpus=0')
+        if not 0 <= self.timeout_s <= 3600*KAGGLE_HOURS:
+            raise UserError(f'a session of {self.timeout_s/3600:g} hours: Kaggle ends one after {KAGGLE_HOURS:g} and '
+                            'refuses a longer one; 0 is its own limit')
 
 # %% ../../../nbs/7_kaggle/05_push.ipynb #487528cc
 def kernel_metadata(ref, title, settings, sources):
@@ -136,7 +84,7 @@ def pushed_notebook(path, values, expect, wait_s=300.):
     nb = parameterize_notebook(nb, values, kernel_name='python3', language='python')
     new_cell, tags = nbformat.v4.new_code_cell, dict(tags=['underdog-proof'])
     nb.cells.insert(0, new_cell(proof_source(expect, wait_s), metadata=tags))
-    nb.cells.append(new_cell("print('underdog: done', EXPECT['push'])", metadata=tags))
+    nb.cells.append(new_cell(last_source(), metadata=tags))
     nb.metadata['kernelspec'] = dict(display_name='Python 3', language='python', name='python3')
     nb.metadata.setdefault('language_info', dict(name='python'))
     # once more, for the parameters
@@ -152,8 +100,10 @@ class Pushed:
     version: int
     id: str            # of the push; it comes back in the kernel's log and output
     url: str
-    shape: str         # of the machine, as Kaggle says it
-    image: str = ''    # Docker image, for another run in the same one
+    shape: str                                    # of the machine that was asked for
+    image: str = ''                               # Docker image, for another run in the same one
+    expect: dict = field(default_factory=dict)    # what its first cell expects
+    doubt: str = ''                               # what the kernel's own proof will decide
 
 def saved_kernel(hub, ref):
     "The kernel as Kaggle has it (`metadata`, `blob`), or None."
@@ -171,7 +121,8 @@ def push_kernel(hub, kernel, given, slug='', settings=PushConfig(), about=None):
     `kernel`: a name or an .ipynb. `slug`: underdog- and the kernel's name if left out. `about`: a dict that the first
     cell keeps. Raises `UserError` or `Refused` for anything that is not as it was asked for."""
     path = find_kernel(kernel)
-    values = check_parameters(path, given)
+    values = mounted_inputs(check_parameters(path, given))
+    _check_hours(values)
     ref = hub.ref(slug or f'underdog-{_slug_of(path.stem)}')
     title = _title_of(ref)
     sources = Sources.of([*inputs_of(values), *settings.sources, *settings.bundles])
@@ -187,15 +138,25 @@ def push_kernel(hub, kernel, given, slug='', settings=PushConfig(), about=None):
         **(about or {}),
     }
     nb = pushed_notebook(path, values, expect, settings.wait_s)
+    check_sources(hub, sources)
     # send it from a folder as the client wants it
     with tempfile.TemporaryDirectory() as folder:
         import nbformat
         nbformat.write(nb, Path(folder)/'kernel.ipynb')
         write_json(Path(folder)/'kernel-metadata.json', kernel_metadata(ref, title, settings, sources))
-        answer = _save(hub, ref, folder, settings.timeout_s, push_id=expect['push'])
+        answer, kernel = _save(hub, ref, folder, settings.timeout_s, push_id=expect['push'])
     # look at what became of it
-    if answer is not None: _check_answer(ref, answer)
-    return _checked_kernel(hub, ref, answer, settings, push_id=expect['push'])
+    if answer is not None:
+        _check_answer(ref, answer)
+        kernel = saved_kernel(hub, ref)
+    return _checked_kernel(ref, answer, kernel, settings, expect)
+
+def _check_hours(values):
+    "A session that is longer than Kaggle's is killed, and its output is lost."
+    hours = values.get('time_limit', -1)
+    if hours == 0 or hours > KAGGLE_HOURS:
+        raise UserError(f'time_limit={hours:g}: Kaggle kills a session after {KAGGLE_HOURS:g} hours; give fewer, or '
+                        'leave it out: it then ends in order before that')
 
 def _slug_of(title): return re.sub(r'[^a-z0-9]+', '-', title.lower()).strip('-')
 
@@ -208,15 +169,28 @@ def _title_of(ref):
     return title
 
 def _save(hub, ref, folder, timeout_s, push_id):
-    "The answer to the push; when it is lost, None if the kernel says that it arrived, else another attempt."
+    """(answer to the push, None); where the answer was lost and the push arrived, (None, the kernel that holds it).
+
+    Pushed again is only what did not arrive: a second push would be a second session."""
     timeout = str(timeout_s) if timeout_s else None
     for attempt in range(hub.tries):
-        try: return hub.call_once(f'push {ref}', hub.api.kernels_push, folder, timeout)
+        try: return hub.call_once(f'push {ref}', hub.api.kernels_push, folder, timeout), None
         except Refused as e:
             if e.pause is None or attempt == hub.tries - 1: raise
-            time.sleep(max(e.pause, hub.first_pause_s*2**attempt))
+            error = e
+        time.sleep(max(error.pause, hub.first_pause_s*2**attempt))
+        kernel = _arrived_kernel(hub, ref, push_id) if error.lost else None
+        if kernel: return None, kernel
+
+def _arrived_kernel(hub, ref, push_id, looks=8):
+    "The kernel once it holds the push `push_id`, which Kaggle may show late; None where it does not come."
+    for look in range(looks):
+        if look: time.sleep(hub.poll_s)
         kernel = saved_kernel(hub, ref)
-        if kernel and expectation(kernel.blob.source).get('push') == push_id: return None
+        if kernel and _push_in(kernel) == push_id: return kernel
+    return None
+
+def _push_in(kernel): return expectation(kernel.blob.source).get('push')
 
 def _check_answer(ref, answer):
     "`UserError` for anything in the answer to a push that is not as it should be; the client ends with 0 all the same."
@@ -224,24 +198,39 @@ def _check_answer(ref, answer):
     kinds = 'dataset', 'competition', 'kernel', 'model'
     lost = [source for kind in kinds for source in getattr(answer, f'invalid_{kind}_sources') or []]
     if lost:
+        pages = [_consent_page(source, kind) for kind in ('competition', 'model')
+                 for source in getattr(answer, f'invalid_{kind}_sources') or []]
+        where = f" ({', '.join(pages)})" if pages else ''
         raise UserError(f"push {ref}: Kaggle left out {', '.join(lost)} and started the kernel without; it stops in "
-                        'its first cell. Check the names, accept the rules of the competition, and push again')
+                        f'its first cell. Check the names, accept rules and licences{where}, and push again')
     if not answer.version_number: raise Refused.quoting(f'push {ref}', 'nothing: no version number')
     if answer.ref and not answer.ref.rstrip('/').endswith(ref):
         raise UserError(f'push {ref}: Kaggle made {answer.ref} of it, as the title says; push it under that slug')
 
-def _checked_kernel(hub, ref, answer, settings, push_id):
-    "`Pushed` when the kernel is as it should be; `answer` is None where it was lost."
-    url = answer.url if answer is not None else ''
-    number = answer.version_number if answer is not None else 0
-    kernel = saved_kernel(hub, ref)
-    if kernel is None: raise UserError(f'push {ref}: Kaggle took it and does not know it now; look at {url}')
-    metadata = kernel.metadata
-    # an unknown shape is replaced without a word
-    if settings.shape and metadata.machine_shape and metadata.machine_shape != settings.shape:
-        raise UserError(f'push {ref}: {settings.shape} was asked for and Kaggle gave {metadata.machine_shape}; '
-                        'the kernel stops in its first cell. That shape is retired, misspelt, or not for this account')
-    if not settings.public and metadata.is_private is False:
+def _consent_page(source, kind):
+    "Where the rules of a competition, or the licence of a model, are accepted."
+    if kind == 'competition': return f'https://www.kaggle.com/competitions/{source}/rules'
+    return 'https://www.kaggle.com/models/' + '/'.join(source.split('/')[:2])
+
+def _checked_kernel(ref, answer, kernel, settings, expect):
+    """`Pushed`; `UserError` when the kernel is public against the settings.
+
+    The version is the one that the push answered. What is read back may be of the version before, and counts only
+    where it holds this very push; `answer` is None where it was lost."""
+    metadata = kernel.metadata if kernel and _push_in(kernel) == expect['push'] else None
+    if metadata and not settings.public and metadata.is_private is False:
         raise UserError(f'push {ref}: the kernel is public; make it private on its page')
-    return Pushed(ref, version=metadata.current_version_number or number, id=push_id, url=url or '',
-                  shape=metadata.machine_shape or '', image=metadata.docker_image or '')
+    # the shape that Kaggle shows may be that of the last session: only the first cell sees the machine
+    shown, doubt = (kernel.metadata.machine_shape if kernel else '') or '', ''
+    if settings.shape and shown and shown != settings.shape:
+        doubt = (f'{settings.shape} was asked for and Kaggle shows {shown}, perhaps that of the last session; the '
+                 'first cell stops the kernel where the GPUs are not there')
+    return Pushed(
+        ref=ref,
+        version=answer.version_number if answer is not None else metadata.current_version_number,
+        id=expect['push'],
+        url=(answer.url if answer is not None else '') or f'https://www.kaggle.com/code/{ref}',
+        shape=settings.shape,
+        image=(metadata.docker_image if metadata else '') or '',
+        expect=expect,
+        doubt=doubt)

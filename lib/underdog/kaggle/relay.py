@@ -6,18 +6,20 @@
 __all__ = ['RelaySession', 'push_when_free', 'run_relay']
 
 # %% ../../../nbs/7_kaggle/08_relay.ipynb #3d40dbf6
-import math, tempfile
+import math, tempfile, time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 from ..core import UserError, file_hash, read_record
-from ..session import TRAINING_HOURS, duration
+from ..session import KAGGLE_HOURS, TRAINING_HOURS, duration
 from ..kernels import check_parameters, find_kernel, kernel_parameters
 from .account import Hub, Refused, download
-from .ledger import gpu_quota, note_pushed, note_state
+from .ledger import gpu_quota, note_pushed, note_state, read_ledger
+from .names import mounted_inputs
 from .proof import expectation
 from .push import PushConfig, push_kernel, saved_kernel
+from .rescue import saved_step, ship_checkpoint
 from .watch import output_of_push, wait_for_kernel
 
 # %% ../../../nbs/7_kaggle/08_relay.ipynb #f4f527b7
@@ -32,18 +34,34 @@ class RelaySession:
     @property
     def push(self): return self.expect['push']
 
+_LAG_S = 1800.   # after a push: what Kaggle shows may be of the version before
+
 def _relay_sessions(hub, name):
     "The sessions of the relay `name` that are on Kaggle, in their order."
+    # what was pushed from this machine a moment ago, Kaggle may not show yet
+    noted = {e['session']: e for e in read_ledger() if e.get('relay') == name and _is_fresh(e)}
     sessions = []
     while True:
         number = len(sessions) + 1
         ref = hub.ref(f'{name}-{number}')
-        kernel = saved_kernel(hub, ref)
+        kernel = _shown_kernel(hub, ref, noted.get(number, {}).get('version') or 0)
         if not kernel: return sessions
         expect = expectation(kernel.blob.source)
         if expect.get('relay') != name:
             raise UserError(f'{ref}: a kernel of that name is there and is not of this relay; choose another name')
         sessions.append(RelaySession(number, ref, kernel.metadata.current_version_number or 0, expect))
+
+def _is_fresh(entry):
+    "Is what the ledger says younger than what Kaggle shows may be old?"
+    return time.time() - time.mktime(time.strptime(entry['time'], '%Y-%m-%d %H:%M')) < _LAG_S
+
+def _shown_kernel(hub, ref, version):
+    "The kernel as Kaggle shows it, once that is `version` (0: any) or newer; None where there is none."
+    def look():
+        kernel = saved_kernel(hub, ref)
+        shown = kernel.metadata.current_version_number or 0 if kernel else 0
+        return (kernel,) if shown >= version else None
+    return hub.wait_until(f'{ref} version {version}', look, _LAG_S)[0]
 
 class _RunStatus(NamedTuple):
     status: dict    # status.json of the run
@@ -51,14 +69,15 @@ class _RunStatus(NamedTuple):
 
 def _run_status(hub, session, out):
     "The `_RunStatus` of the run folder `out` in the output of a session."
-    files = output_of_push(hub, session.ref, session.push).files
-    name = f'{out}/status.json'
-    if name not in files:
-        held = ', '.join(sorted(files)[:8])
+    output = output_of_push(hub, session.ref, session.push)
+    name, packed = f'{out}/status.json', output.packed.get(out, {}).get('status')
+    if name not in output.files and packed is None:
+        held = ', '.join(sorted(output.files)[:8])
         raise UserError(f'{session.ref}: no run folder {out!r} in its output, which holds {held}')
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)/'status.json'
-        download(hub, files[name], path, bar=False)
+        if packed is not None: path.write_bytes(packed.encode())
+        else: download(hub, output.files[name], path, bar=False)
         return _RunStatus(read_record(path, state=str, step=int, of=int), file_hash(path))
 
 # %% ../../../nbs/7_kaggle/08_relay.ipynb #b5f58e18
@@ -97,8 +116,10 @@ class _Relay:
     say: Callable
     repeated: set = field(default_factory=set)   # numbers of sessions that were pushed once more
 
-    def begin(self, number, resume_from='', files=None):
-        "Push session `number`, which goes on from an input; `files`: {input file: hash} that it must find there."
+    def begin(self, number, resume_from='', files=None, step=0):
+        """Push session `number`, which goes on from an input; the `RelaySession`.
+
+        `files`: {input file: hash} that it must find there; `step`: of the run in that input."""
         hours = _session_hours(self.hub, self.settings, self.hours)
         values = {**self.given, 'time_limit': hours}
         if resume_from: values['resume_from'] = resume_from
@@ -110,10 +131,12 @@ class _Relay:
             given=values,
             slug=f'{self.name}-{number}',
             settings=replace(self.settings, timeout_s=timeout_s, files=files or {}),
-            about=dict(relay=self.name, session=number, given=self.given))
+            about=dict(relay=self.name, session=number, given=self.given, step=step))
         note_pushed(pushed, relay=self.name, session=number)
         limit = duration(3600*hours)
         self.say(f'session {number}: pushed as {pushed.ref}, version {pushed.version}, {limit} at most')
+        if pushed.doubt: self.say(f'session {number}: {pushed.doubt}')
+        return RelaySession(number, pushed.ref, pushed.version, pushed.expect)
 
     def wait(self, session):
         "The `KernelState` of a session, once it is over."
@@ -122,26 +145,38 @@ class _Relay:
         note_state(state, session.push, session.version, relay=self.name, session=session.number)
         return state
 
-    def repeat(self, session, state, reported):
-        "Push a session that failed once more, from the same input; `UserError` where that would not help."
-        stopped = state.status == 'CANCEL_ACKNOWLEDGED' and session.number not in self.repeated
+    def repeat(self, session, state, out, reported):
+        """After a session that failed: the next one from its checkpoint, or the same from the same input.
+
+        `UserError` where that would not help."""
+        failed = f'session {session.number} ({session.ref}) failed: {state.why}'
+        # what never began has written nothing
+        step = saved_step(self.hub, session, out) if state.push == session.push else 0
+        further = step > session.expect.get('step', 0)
+        stopped = state.status == 'CANCEL_ACKNOWLEDGED' and (further or session.number not in self.repeated)
         if not stopped and session.push not in reported:
-            raise UserError(f'session {session.number} ({session.ref}) failed: {state.why}. Mend the cause; the same '
-                            'command repeats this session')
+            start = f'goes on from its checkpoint of step {step}' if further else 'repeats this session'
+            raise UserError(f'{failed}. Mend the cause; the same command {start}')
+        # what a session had saved when it crashed is in its output: it becomes a dataset, the input of the next
+        if further:
+            self.say(f'session {session.number}: {state.why or "failed"}; its checkpoint of step {step} goes on')
+            saved = ship_checkpoint(self.hub, self.name, session, out)
+            self.say(f'session {session.number}: its run is the dataset {saved.resume_from}')
+            return self.begin(session.number + 1, saved.resume_from, saved.files, step)
         start = f'session {session.number - 1}' if session.number > 1 else 'the beginning'
         self.say(f"session {session.number}: {state.why or 'failed'}; once more, from {start}")
         self.repeated.add(session.number)
-        self.begin(session.number, session.expect['values'].get('resume_from'), session.expect['files'])
+        values, expect = session.expect['values'], session.expect
+        return self.begin(session.number, values.get('resume_from'), expect['files'], expect.get('step', 0))
 
-    def run(self, out, reported):
-        """Session after session until the run in the folder `out` is finished; the last `RelaySession`.
+    def run(self, session, out, reported):
+        """From `session` on, session after session until the run in the folder `out` is finished; the last one.
 
         `reported`: ids of pushes of an earlier start, whose failure is known and repaired."""
         while True:
-            session = _relay_sessions(self.hub, self.name)[-1]
             state = self.wait(session)
             if state.status != 'COMPLETE':
-                self.repeat(session, state, reported)
+                session = self.repeat(session, state, out, reported)
                 continue
             # how far is the run?
             status, status_hash = _run_status(self.hub, session, out)
@@ -152,7 +187,8 @@ class _Relay:
                                 f"{status.get('reason', '')}")
             # the next session goes on from its output, and from no other version of it
             resume_from = f'notebooks/{session.ref}/{out}'
-            self.begin(session.number + 1, resume_from, {f'{resume_from}/status.json': status_hash})
+            files = {f'{resume_from}/status.json': status_hash}
+            session = self.begin(session.number + 1, resume_from, files, status['step'])
 
 def run_relay(hub, name, kernel='train', given=None, settings=PushConfig(), hours=TRAINING_HOURS, say=print):
     """Run the training kernel `kernel` with the parameters `given` until its run is finished; the last `RelaySession`.
@@ -161,17 +197,19 @@ def run_relay(hub, name, kernel='train', given=None, settings=PushConfig(), hour
     Raises `Refused` (kind quota) when the week's hours are used up, `UserError` when a session fails."""
     path = find_kernel(kernel)
     sessions = _relay_sessions(hub, name)
-    given = check_parameters(path, given or {})
+    given = mounted_inputs(check_parameters(path, given or {}))
+    if hours > TRAINING_HOURS: say(f'{hours:g} hours: Kaggle ends a session after {KAGGLE_HOURS:g}; {TRAINING_HOURS:g}')
+    hours = min(hours, TRAINING_HOURS)
     if sessions: given = _same_parameters(sessions[0], given, path)
     relay = _Relay(hub, name, path, given, settings=settings, hours=hours, say=say)
-    if not sessions: relay.begin(1)
+    session = sessions[-1] if sessions else relay.begin(1)
     # where the kernel writes its run
     out = given.get('out', kernel_parameters(path)['out'][0])
-    return relay.run(out, reported={session.push for session in sessions})
+    return relay.run(session, out, reported={session.push for session in sessions})
 
 def _same_parameters(first, given, path):
     "The parameters of a relay that has begun; `UserError` when others are given."
-    began, kernel = first.expect['given'], first.expect['kernel']
+    began, kernel = mounted_inputs(first.expect['given']), first.expect['kernel']
     relay = f"relay {first.expect['relay']!r}"
     if kernel != path.stem:
         raise UserError(f'{relay} runs the kernel {kernel!r}, not {path.stem!r}; choose another name')

@@ -7,12 +7,12 @@ __all__ = ['OVER', 'follow_log', 'KernelLog', 'log_now', 'log_lines', 'KernelSta
            'KernelOutput', 'output_of_push', 'pull_output']
 
 # %% ../../../nbs/7_kaggle/06_watch.ipynb #b8cbf694
-import json, re, tempfile, threading, time
+import json, re, shutil, tempfile, threading, time, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ..core import UserError, atomic_write, read_record
+from ..core import UserError, atomic_path, atomic_write, read_record
 from .account import Refused, download, inside
 
 # %% ../../../nbs/7_kaggle/06_watch.ipynb #ccd0b676
@@ -166,9 +166,15 @@ class KernelOutput(NamedTuple):
     "What a run has written."
     files: dict    # {name: address}
     log: str       # its text, as Kaggle keeps it
+    proof: dict    # underdog.json; {} where it is not ours
+
+    @property
+    def packed(self):
+        "{folder: {files: {name: bytes}, status: text}} of what travels as <folder>.zip."
+        return {folder: held for folder, held in self.proof.get('packed', {}).items() if f'{folder}.zip' in self.files}
 
 def _newest_output(hub, ref):
-    "The `KernelOutput` of the newest version."
+    "The `KernelOutput` of the newest version that ran, also where it failed."
     from kagglesdk.kernels.types.kernels_api_service import ApiListKernelSessionOutputRequest
     token, files, log = '', {}, ''
     # a page at a time
@@ -180,38 +186,60 @@ def _newest_output(hub, ref):
         files |= {f.file_name: f.url for f in answer.files or []}
         log = log or answer.log or ''
         token = answer.next_page_token
-        if not token: return KernelOutput(files, log)
+        if not token: return KernelOutput(files, log, _proof_in(hub, files))
+
+def _proof_in(hub, files):
+    "What underdog.json among `files` says; {} where there is none."
+    if 'underdog.json' not in files: return {}
+    with tempfile.TemporaryDirectory() as folder:
+        proof = Path(folder)/'underdog.json'
+        download(hub, files['underdog.json'], proof, bar=False)
+        return read_record(proof, packed=dict)
 
 def output_of_push(hub, ref, push_id, grace_s=900.):
     "The `KernelOutput` of the session that the push `push_id` began; waits while Kaggle shows that of another."
     def look():
         output = _newest_output(hub, ref)
-        if 'underdog.json' not in output.files: return None
-        with tempfile.TemporaryDirectory() as folder:
-            proof = Path(folder)/'underdog.json'
-            download(hub, output.files['underdog.json'], proof, bar=False)
-            return output if read_record(proof).get('push') == push_id else None
+        return output if output.proof.get('push') == push_id else None
     return hub.wait_until(f'output of {ref}', look, grace_s)
 
 def pull_output(hub, ref, out, pattern='', push_id='', bar=True):
     """Fetch the output of `ref` whose names match `pattern`, and its log, to the folder `out`; returns the paths.
 
-    What is there already stays. With `push_id` only the output of that push will do. Raises `UserError` where there is
-    nothing, and for a name that leads out of `out`."""
+    What is there already stays, what travelled packed is unpacked. With `push_id` only the output of that push will do.
+    Raises `UserError` where there is nothing, and for a name that leads out of `out`."""
     try: wanted = re.compile(pattern)
     except re.error as e: raise UserError(f'pattern {pattern!r}: {e}') from None
     output = output_of_push(hub, ref, push_id) if push_id else _newest_output(hub, ref)
     # all names are looked at before the first file is written
-    names = [name for name in output.files if wanted.search(name)]
+    archives = {f'{folder}.zip' for folder in output.packed}
+    names = [name for name in output.files if name not in archives and wanted.search(name)]
     paths = [inside(out, name) for name in names]
-    if not names and not output.log:
+    packed = {folder: {f'{folder}/{name}': size for name, size in held['files'].items()
+                       if wanted.search(f'{folder}/{name}')} for folder, held in output.packed.items()}
+    paths += [inside(out, name) for members in packed.values() for name in members]
+    if not paths and not output.log:
         such = f' that matches {pattern!r}' if pattern else ''
         raise UserError(f'{ref}: no output (yet){such}; `underdog status {ref}` says what it is doing')
     for name, path in zip(names, paths): download(hub, output.files[name], path, bar=bar)
+    for folder, members in packed.items(): _unpack_members(hub, output.files[f'{folder}.zip'], out, members, bar)
     if output.log:
         paths.append(Path(out)/f"{ref.split('/')[1]}.log")
         atomic_write(paths[-1], _log_text(output.log))
     return paths
+
+def _unpack_members(hub, url, out, members, bar):
+    "Write the files `members` ({folder/name: bytes}) of the archive at `url` to `out`, unless they are all there."
+    has = lambda name, size: inside(out, name).is_file() and inside(out, name).stat().st_size == size
+    missing = [name for name, size in members.items() if not has(name, size)]
+    if not missing: return
+    with tempfile.TemporaryDirectory() as place:
+        archive = Path(place)/'output.zip'
+        download(hub, url, archive, what=f"download {missing[0].split('/')[0]}", bar=bar)
+        with zipfile.ZipFile(archive) as z:
+            for name in missing:
+                with z.open(name.split('/', 1)[1]) as source, atomic_path(inside(out, name)) as tmp:
+                    with open(tmp, 'wb') as target: shutil.copyfileobj(source, target)
 
 def _log_text(log):
     "The log as it is read by people: Kaggle keeps a JSON list of events, or something else."

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name, parse_wheel_filename
 from packaging.version import Version
 
-from ..core import UserError
+from ..core import UserError, nearest
 
 # %% ../../../nbs/7_kaggle/03_wheels.ipynb #d1f620af
 @dataclass(frozen=True)
@@ -48,10 +48,14 @@ class KaggleImage:
             'extra': '',
         })
 
-def kaggle_image(path=None):
-    "The recorded `KaggleImage`: that in the file `path`, by default in the library's image.txt."
+_RECORDS = dict(current='image.txt', next='image_next.txt')
+
+def kaggle_image(which='current'):
+    "The recorded `KaggleImage`: the current one, the next (as Colab has it already), or that in a file."
     import underdog
-    text = Path(path or Path(underdog.__file__).parent/'kaggle'/'image.txt').read_text()
+    path = Path(underdog.__file__).parent/'kaggle'/_RECORDS[which] if which in _RECORDS else Path(which)
+    if not path.is_file(): raise UserError(f'{which}: no record of an image; {nearest(which, _RECORDS)}')
+    text = path.read_text()
     header = dict(re.findall(r'^# (python|platforms|recorded): (.*)$', text, re.M))
     lines = [line.split('#')[0].strip() for line in text.splitlines()]
     requirements = [Requirement(line) for line in lines if line]

@@ -86,8 +86,10 @@ def _identity(config):
     "{setting: value} of all in which two runs must agree to be the same run."
     train = {k: v for k, v in config.get('train', {}).items() if k not in _FREE}
     model = {f'model.{k}': v for k, v in config.get('model', {}).items() if k != 'path'}
-    hashes = {k: config.get(k) for k in ('competition', 'template_hash', 'tokenizer_hash', 'base_hash')}
-    return train | model | hashes | {'data': config.get('data', {}).get('hash')}
+    hashes = {k: config.get(k) for k in ('template_hash', 'tokenizer_hash', 'base_hash')}
+    # two boards may ask the same question
+    question = get_competition(config['competition']).question if config.get('competition') else None
+    return train | model | hashes | {'data': config.get('data', {}).get('hash'), 'competition': question}
 
 def differences(one, other):
     "Names of the settings in which two configs are not the same run."
