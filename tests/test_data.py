@@ -410,7 +410,8 @@ def test_real_training_rows(shared_data):
     df, report = read_rows(shared_data/'lmsys_train_1000.csv')
     raw = pd.read_csv(shared_data/'lmsys_train_1000.csv', dtype=str, keep_default_na=False)
     nulls = sum(t is None for c in TEXTS for cell in raw[c] for t in json.loads(cell))
-    assert (report.rows, report.labelled, report.competition) == (1000, True, 'llm-classification') and df['id'].dtype == np.int64
+    assert (report.rows, report.labelled, report.competition) == (1000, True, 'llm-classification')
+    assert df['id'].dtype == np.int64
     assert report.repaired.get('null turns read as empty', 0) == nulls
     assert df[CLASSES].sum().tolist() == [344, 348, 308] and df['id'].astype(str).tolist() == raw['id'].tolist()
     assert df['prompt'].map(len).tolist() == raw['prompt'].map(lambda c: len(json.loads(c))).tolist()
