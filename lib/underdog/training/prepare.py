@@ -118,11 +118,12 @@ def _row_table(df, comp, cfg):
     for name, p in predictions.items(): table[columns(f'floor_{name}', comp)] = p
     return _RowTable(table, floors, best)
 
-def _kept_row_table(df, comp, cfg, folder):
+def _kept_row_table(df, comp, cfg, folder, whole):
     """`_row_table` from the cache `folder`, where it is kept for the same rows, fold and library.
 
-    With 57,000 rows the baselines take minutes, and a sweep needs them for every run."""
-    parts = [data_hash(df), comp.name, cfg.n_folds, cfg.fold, cfg.seed, build_id()]
+    `whole`: the hash of the file of which `df` is a share. The baselines of 57,000 rows take a minute, and a sweep
+    needs them for every run."""
+    parts = [whole, cfg.share, comp.name, cfg.n_folds, cfg.fold, cfg.seed, build_id()]
     kept = Path(folder)/f'floors-{fingerprint(*parts)}'
     # from the cache
     try:
@@ -189,7 +190,8 @@ def prepare(path, described, resume_from='', restart=False):
         print(f'{path}: rows or baselines cannot be read; they are made again', flush=True)
     # a new run: the baselines are fitted while the texts are tokenized
     with ThreadPoolExecutor(1) as pool:
-        fitting = pool.submit(_kept_row_table, described.rows, comp, cfg, cache_folder())
+        whole = config['data']['hash']
+        fitting = pool.submit(_kept_row_table, described.rows, comp, cfg, folder=cache_folder(), whole=whole)
         tokens = tokenize()
         rows = fitting.result()
     if not earlier: run.clear()
