@@ -74,7 +74,7 @@ def watch(code, done, cache, log):
             if child.poll() is not None or time.perf_counter() - began > LIMIT:
                 raise SystemExit(f'the start has failed:\n{Path(log).read_text()[-3000:]}')
             # to look at the memory takes time of its own
-            if time.perf_counter() - looked > .25:
+            if time.perf_counter() - looked > 1:
                 peak, looked = max(peak, memory_gb(family(root))), time.perf_counter()
             time.sleep(.02)
         wall, processes = time.perf_counter() - began, family(root)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from dataclasses import MISSING, fields
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,7 @@ def assignments_of_all(tree):
         if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', '') == '__all__': yield node
 
 
+@cache
 def public_names(file):
     "The names in a module's `__all__`."
     return [name for node in assignments_of_all(ast.parse(file.read_text())) for name in ast.literal_eval(node.value)]

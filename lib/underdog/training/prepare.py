@@ -202,7 +202,7 @@ def _with_tokens(config, tokens): return config | dict(tokens=[f['filename'] for
 def _new(run, config, df, tokens, rows):
     "Write the files of a new run; config.json comes last, as with it the folder is a run."
     comp, table = get_competition(config['competition']), rows.table
-    table['tokens'], table['cut'] = tokens['full'], tokens['cut']
+    table['tokens'], table['cut'] = tokens['full'][:], tokens['cut'][:]
     rows.floors.save(run.floors)
     with atomic_path(run.rows_file) as tmp: table.to_parquet(tmp)
     with atomic_path(run.check_file) as tmp: _check_rows(df, table).to_parquet(tmp)
