@@ -1,20 +1,25 @@
 "The baselines: symmetric, hardly ever worse than the prior, fitted on other folds, saved without pickle."
 import json
+import re
 
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
+from scipy.sparse import vstack
 
 from underdog.core import UserError
 from underdog.data.competition import LMSYS, WSDM
-from underdog.data.floors import FLOORS, Floors, best_floor, cross_predict, features
+from underdog.data.counts import HASHED, count_rows, count_words, features
+from underdog.data.floors import FLOORS, Floors, _Units, best_floor, fit_floors, cross_predict
 from underdog.data.folds import labels_of, make_folds, swap_probs, swap_rows
+from underdog.data.logistic import Dense, fit_logistic
+from underdog.data.metrics import softmax
 from underdog.data.rows import TEXTS, read_rows
 from underdog.data.sample import write_sample
 
 WORDS = 'the of garden river music answer small green and please maybe paper number seven window'.split()
-ODD_TEXTS = ['', ' ', 'x'*36_000, '- a\n- b\n1. c', '```py\nx = 1\n```', '**bold** # not\n# heading', '1234567890?!:',
+ODD_TEXTS = ['', ' ', 'x'*3_600, '- a\n- b\n1. c', '```py\nx = 1\n```', '**bold** # not\n# heading', '1234567890?!:',
              '\U0001f600\u4f60\u597d', '\ufffd\n\n\n']
 TEXT = st.text(st.characters(exclude_categories=['Cs']), max_size=60) | st.sampled_from(ODD_TEXTS)
 # a list of turns for each of the three columns, equally many in all of them
@@ -121,6 +126,77 @@ def test_something_never_seen_moves_the_odds_only_so_far():
     odd = plain.iloc[[1]].assign(response_a=[['?'*5000 + '9'*5000 + '!'*5000]])
     # labels are noise here; without the cut it is 1e-9 and less
     for p in Floors.fit(plain, LMSYS).predict(odd).values(): assert p.min() > .001
+
+
+# ---- the same as scikit-learn's, on every row in both orders
+
+@quick
+@given(st.lists(TEXT, min_size=1, max_size=5))
+def test_words_are_hashed_as_scikit_learn_does(texts):
+    from sklearn.feature_extraction.text import HashingVectorizer
+    vectorizer = HashingVectorizer(n_features=HASHED, ngram_range=(1, 2), alternate_sign=False, norm=None)
+    assert (count_words(texts) != vectorizer.transform(texts)).nnz == 0
+
+
+@quick
+@given(TEXT | st.text(st.sampled_from('7²٣½a🙂 \n\t\x85-*#.)')))
+def test_characters_are_counted_as_one_by_one(text):
+    counts = np.expm1(features({c: [[text]] for c in TEXTS})[1][0, 12:24]).round()
+    assert counts[3] == len(re.findall(r'^\s*(?:[-*•]|\d+[.)])\s', text, re.M))
+    assert counts[5] == len(re.findall(r'^#+ ', text, re.M))
+    assert counts[7] == sum(map(str.isdigit, text))
+    assert counts[11] == sum(not c.isascii() for c in text)
+
+
+def drawn_labels(kind, wins, rng):
+    "Labels (n, C) of one `kind`, in which the larger `wins`, the likelier A."
+    y = np.eye(3)[np.where(np.abs(wins) < .4, 2, (wins < 0).astype(int))]
+    if kind == 'two classes': y = np.eye(2)[(wins < 0).astype(int)]
+    if kind == 'no tie': y = np.eye(3)[(wins < 0).astype(int)]
+    return rng.dirichlet(np.ones(3), len(y))*.3 + .7*y if kind == 'soft' else y
+
+
+@pytest.mark.parametrize('kind', ['hard', 'soft', 'two classes', 'no tie'])
+def test_half_the_rows_give_what_scikit_learn_finds_with_all(kind):
+    from sklearn.linear_model import LogisticRegression
+    rng, n = np.random.default_rng(0), 200
+    odd, even = rng.normal(size=(n, 6)), rng.normal(size=(n, 4))
+    y = drawn_labels(kind, odd[:, 0] + rng.normal(size=n), rng)
+    k = y.shape[1]
+    # soft labels and missing classes: a row for each class, weighted
+    x = np.vstack([np.hstack([odd, even]), np.hstack([-odd, even])])
+    weights = np.vstack([y, swap_probs(y)])
+    if kind in ('soft', 'no tie'): weights = weights + 1e-9
+    x, classes, weights = np.vstack([x]*k), np.repeat(np.arange(k), 2*n), weights.T.ravel()
+    used = weights > 0
+    model = LogisticRegression(C=.1, max_iter=300, tol=1e-3).fit(x[used], classes[used], sample_weight=weights[used])
+    p = softmax(fit_logistic(Dense(odd, even), y, .1).logits(Dense(odd, even), k))
+    np.testing.assert_allclose(p, model.predict_proba(np.hstack([odd, even])), atol=1e-7)
+
+
+def test_the_words_of_a_design_are_tfidf_vectors(rows):
+    from sklearn.feature_extraction.text import TfidfTransformer
+    counts = count_rows(rows)
+    units = _Units.of([counts.span(0, 50), counts.span(50, len(rows))])
+    design = units.designs([counts.span(0, 50), counts.span(50, len(rows))])['tfidf']
+    a, b = (count_words(['\n'.join(turns) for turns in rows[c]]).astype(float) for c in TEXTS[1:])
+    # scikit-learn's weights are ours where at least two answers hold a word
+    tfidf = TfidfTransformer(sublinear_tf=True).fit(vstack([a, b]))
+    tfidf.idf_ = np.where(units.idf > 0, tfidf.idf_, 0)
+    difference = 8*(tfidf.transform(a) - tfidf.transform(b))
+    rng = np.random.default_rng(0)
+    u, g = rng.normal(size=design.odd_size), rng.normal(size=len(rows))
+    np.testing.assert_allclose(design.odd_dot(u), difference @ u[:HASHED] + design.dense.odd @ u[HASHED:], atol=1e-9)
+    np.testing.assert_allclose(design.odd_sum(g)[:HASHED], difference.T @ g, atol=1e-9)
+
+
+def test_fits_that_share_their_counts_are_those_of_the_rows_alone(rows):
+    folds = np.random.default_rng(0).permutation(len(rows)) % 4 - 1
+    floors, predictions = fit_floors(rows, LMSYS, folds)
+    for fold, train in ((-1, folds >= 0), (1, (folds >= 0) & (folds != 1))):
+        alone = Floors.fit(rows[train], LMSYS).predict(rows[folds == fold])
+        for name in FLOORS: np.testing.assert_allclose(predictions[name][folds == fold], alone[name], atol=1e-9)
+    for name, p in floors.predict(rows[folds == -1]).items(): assert (p == predictions[name][folds == -1]).all()
 
 
 # ---- what they learn

@@ -3,6 +3,7 @@
 One function for training and inference, cuts that keep both answers, inert special tokens, chat templates of the usual
 families."""
 import json
+import os
 import shutil
 
 import numpy as np
@@ -259,11 +260,18 @@ def test_tokens_are_cached_by_data_and_template(prompters, tmp_path, monkeypatch
     assert used and third.to_dict() == second.to_dict()                    # a cut-off file is made again
 
 
-def test_processes_give_the_same_rows(prompters, tmp_path):
+def test_all_cores_are_used_and_the_environment_is_left_alone(prompters, tmp_path, monkeypatch):
     df = pd.DataFrame([row(id=i, a='Paris '*(i % 30)) for i in range(60)])
-    prompter = prompters('base', max_length=100)
-    one, two = (tokenize_rows(df, prompter, tmp_path/str(n), num_proc=n) for n in (1, 2))
-    assert one.to_dict() == two.to_dict() == tokenize_rows(df, prompter, tmp_path/'2').to_dict()
+    prompter, seen = prompters('base', max_length=100), []
+    encode = prompter.encode
+    def encode_and_look(texts):
+        seen.append(os.environ['TOKENIZERS_PARALLELISM'])
+        return encode(texts)
+    monkeypatch.setattr(prompter, 'encode', encode_and_look)
+    monkeypatch.setenv('TOKENIZERS_PARALLELISM', 'false')   # as in every child process
+    tokens = tokenize_rows(df, prompter, tmp_path)
+    assert set(seen) == {'true'} and os.environ['TOKENIZERS_PARALLELISM'] == 'false'
+    assert [tokens[i]['a'] for i in range(60)] == [prompter.segments(r)['a'] for r in df.to_dict('records')]
 
 
 def test_tokens_count_what_was_cut(prompters, tmp_path):

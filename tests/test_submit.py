@@ -23,12 +23,12 @@ from underdog.data.competition import LMSYS
 from underdog.data.rows import read_rows
 from underdog.data.sample import write_sample
 from underdog.data.submission import check_submission
-from underdog.inference import schedule
 from underdog.inference.blend import Blend
 from underdog.inference.evidence import Evidence
 from underdog.inference.job import Job
 from underdog.inference.publish import Answers, Publisher, blend_answers
-from underdog.inference.scored import conclude, predict
+from underdog.inference import schedule, scored
+from underdog.inference.scored import conclude, predict, start_jobs
 from underdog.inference.settings import InferConfig
 
 
@@ -50,6 +50,22 @@ def answer_with(job, rows, orders=None, seed=0):
 
 
 # ---- what is published
+def test_the_child_takes_the_baselines_of_its_parent(world, finished, joint, tmp_path, monkeypatch):
+    settings = dict(runs=[str(finished.path), str(joint.path)], test_csv=str(world/'test.csv'), cfg={})
+    jobs, _ = start_jobs(settings)
+    scored._hand_over(jobs, tmp_path/'baselines.npz')
+    # the child counts no text
+    monkeypatch.setattr(scored, 'count_rows', None)
+    handed, _ = start_jobs(settings, scored._handed_over(tmp_path/'baselines.npz', 2))
+    for one, other, alone in zip(jobs, handed, jobs_of(world, finished, joint)[0]):
+        for name, p in one.floors.items():
+            assert (p == other.floors[name]).all()
+            np.testing.assert_allclose(p, alone.floors[name], atol=1e-12)
+    # what is torn is made again
+    (tmp_path/'baselines.npz').write_bytes(b'PK')
+    assert scored._handed_over(tmp_path/'baselines.npz', 2) == []
+
+
 def test_every_state_of_a_row_is_a_distribution_and_only_its_own_answers_count(world, finished, joint):
     jobs, evidence = jobs_of(world, finished, joint)
     floors = blend_answers(jobs, evidence)

@@ -22,7 +22,7 @@ def repair(text, counts):
     if '\0' in text:
         text = text.replace('\0', '')
         counts['NUL characters removed'] += 1
-    if _SURROGATE.search(text):
+    if not text.isascii() and _SURROGATE.search(text):
         text = _SURROGATE.sub('\ufffd', _PAIR.sub(_joined, text))
         counts['lone surrogates replaced'] += 1
     return text

@@ -18,12 +18,15 @@ def prompt_groups(df):
     "Int array: rows with the same prompt (case and white space aside) share a number."
     return pd.factorize(df['prompt'].map(_key))[0]
 
-def find_duplicates(df):
-    "DataFrame (row, first_row, kind): rows that repeat an earlier comparison, 'exact' or 'swapped'."
+def find_duplicates(df, groups=None):
+    """DataFrame (row, first_row, kind): rows that repeat an earlier comparison, 'exact' or 'swapped'.
+
+    `groups`: what `prompt_groups` says, if it was asked."""
+    if groups is None: groups = prompt_groups(df)
     first = {}   # (prompt, a, b): the row where this comparison stands first
     repeats = []
     answers = zip(df['response_a'].map(tuple), df['response_b'].map(tuple))
-    for i, (prompt, (a, b)) in enumerate(zip(prompt_groups(df).tolist(), answers)):
+    for i, (prompt, (a, b)) in enumerate(zip(groups.tolist(), answers)):
         if (prompt, a, b) in first: repeats.append((i, first[prompt, a, b], 'exact'))
         elif (prompt, b, a) in first: repeats.append((i, first[prompt, b, a], 'swapped'))
         else: first[prompt, a, b] = i

@@ -27,11 +27,14 @@ def _text(cell, counts):
     empty = cell is None or cell is pd.NA or cell != cell   # only NaN differs from itself
     return repair('' if empty else str(cell), counts)
 
+_DECODER = json.JSONDecoder(strict=False)   # lets raw newlines and NULs inside a string through
+
 def _parse_turns(cell, counts):
     "The turns of one cell: a JSON list of strings or nulls (a null becomes ''); `ValueError` says what else it is."
-    # strict=False lets raw newlines and NULs inside a string through; parquet may hold true lists
-    is_list = isinstance(cell, (list, tuple, np.ndarray))
-    turns = list(cell) if is_list else json.loads(cell, strict=False)
+    # parquet may hold true lists, or what json refuses with its own words
+    if isinstance(cell, str): turns = _DECODER.decode(cell)
+    elif isinstance(cell, (list, tuple, np.ndarray)): turns = list(cell)
+    else: turns = json.loads(cell, strict=False)
     if not isinstance(turns, list): raise ValueError('not a JSON list of turns')
     if not turns: raise ValueError('an empty list of turns')
     for turn in turns:
@@ -179,7 +182,8 @@ def _check_columns(table, wanted, comp, path):
 def _notes(df):
     "{what is odd but fine: how many}."
     # rows seen before, characters of a row, rows where an answer says nothing
-    repeats = find_duplicates(df)['kind']
+    groups = prompt_groups(df)
+    repeats = find_duplicates(df, groups)['kind']
     lengths = sum(df[c].map(lambda turns: sum(map(len, turns))) for c in TEXTS)
     empty = [not ''.join(a) or not ''.join(b) for a, b in zip(df['response_a'], df['response_b'])]
     return {
@@ -188,7 +192,7 @@ def _notes(df):
         'rows with an empty answer': int(sum(empty)),
         'rows repeated exactly': int((repeats == 'exact').sum()),
         'rows repeated with A and B exchanged': int((repeats == 'swapped').sum()),
-        'distinct prompts': int(prompt_groups(df).max()) + 1,
+        'distinct prompts': int(groups.max()) + 1,
         'longest row (characters)': int(lengths.max()),
         'median row (characters)': int(lengths.median())}
 

@@ -75,15 +75,16 @@ class Predicted(NamedTuple):
 class Job:
     """One run on the rows `df` of a test file.
 
-    `floors`: the answers of its baselines, {name: (n, C)}. `logits` (orders, n, C): the model's, NaN: none yet."""
-    def __init__(self, run, df, cfg):
+    `floors`: the answers of its baselines, {name: (n, C)}; None: they are made from the texts. `logits` (orders, n, C):
+    the model's, NaN: none yet."""
+    def __init__(self, run, df, cfg, floors=None):
         self.run, self.df, self.cfg = run, df, cfg
         self.config = run.config
         self.comp = get_competition(self.config['competition'])
         self.orders = orders_of(self.config['model']['head'], cfg.tta)
         self.logits = np.full((len(self.orders), len(df), self.comp.n_classes), np.nan)
         # the best baseline stands in for the model, and is added to the logits if training did so
-        self.floors = Floors.load(run.floors).predict(df)
+        self.floors = floors or Floors.load(run.floors).predict(df)
         self.best = self.floors[self.config['best_floor']]
         self.offset = np.log(self.best) if self.config['train']['start'] == 'floors' else 0.
         # tokens, made by `open`

@@ -15,12 +15,14 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..core import UserError, coerce, read_json, remove_temporaries, write_json
+from ..core import UserError, atomic_path, coerce, read_json, remove_temporaries, write_json
 from ..machine import on_kaggle, quiet, scored_run
 from ..session import SCORED_MARGIN, Clock, SessionConfig, duration, locked, progress_bar
 from ..process import launch, run_worker
 from ..runfolder import RunFolder
 from ..data.competition import get_competition
+from ..data.counts import count_rows
+from ..data.floors import FLOORS, Floors
 from .settings import InferConfig
 from .job import Job, check_run, devices_of, merged_base, read_test
 from .workers import Workers
@@ -103,11 +105,34 @@ def _warn_not_finite(job):
     print(f'warning: {text}', flush=True)
 
 # %% ../../../nbs/5_inference/07_scored.ipynb #8266c894
-def start_jobs(settings):
-    "(jobs, `Evidence`) of the inference that `settings`, a dict as in submit.json, ask for."
+def start_jobs(settings, baselines=()):
+    """(jobs, `Evidence`) of the inference that `settings`, a dict as in submit.json, ask for.
+
+    `baselines`: their answers of each run, if they are there already."""
     runs, cfg = [RunFolder.open(path) for path in settings['runs']], coerce(InferConfig, settings['cfg'])
     rows = read_test(runs[0], settings['test_csv'])
-    return [Job(run, rows, cfg) for run in runs], Evidence(runs, cfg.with_floors)
+    if not baselines: baselines = _baselines(runs, rows)
+    return [Job(run, rows, cfg, floors) for run, floors in zip(runs, baselines)], Evidence(runs, cfg.with_floors)
+
+def _baselines(runs, rows):
+    "The answers of the baselines of each run, {name: (n, C)}; the texts are counted once."
+    loaded = [Floors.load(run.floors) for run in runs]
+    counts = count_rows(rows)
+    return [floors.predict(counts) for floors in loaded]
+
+_BASELINES = 'baselines.npz'   # in the output folder
+
+def _hand_over(jobs, path):
+    "Leave the answers of the baselines for the child process."
+    table = {f'{i}-{name}': p for i, job in enumerate(jobs) for name, p in job.floors.items()}
+    with atomic_path(path) as tmp, open(tmp, 'wb') as f: np.savez(f, **table)
+
+def _handed_over(path, n):
+    "What `_hand_over` left for `n` jobs; an empty list where there is nothing to be read."
+    try:
+        with np.load(path, allow_pickle=False) as table:
+            return [{name: table[f'{i}-{name}'] for name in FLOORS} for i in range(n)]
+    except Exception: return []   # made again
 
 def _predict_here(out, end=math.inf):
     "Answer in this process what `out`/submit.json asks for, until the time.monotonic `end`."
@@ -116,7 +141,7 @@ def _predict_here(out, end=math.inf):
     for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, stop)
     # go on where an earlier start was
     settings = read_json(out/'submit.json')
-    jobs, evidence = start_jobs(settings)
+    jobs, evidence = start_jobs(settings, _handed_over(out/_BASELINES, len(settings['runs'])))
     publisher = Publisher(jobs, evidence, out, settings['submission'])
     publisher.answers.load()
     publisher.now()   # says how long it takes, while there is time
@@ -141,6 +166,7 @@ def predict(runs, test_csv, out='predictions', cfg=InferConfig()):
     with locked(out) as lock:
         remove_temporaries(out)
         _submit_first(jobs, evidence, out, submission)
+        _hand_over(jobs, out/_BASELINES)
         write_json(out/'submit.json', settings)
         (out/'summary.json').unlink(missing_ok=True)
         # one process here: it starts a worker for each device itself

@@ -24,6 +24,11 @@ def present(rows, orders, head, rng):
     return [(row, bool(swapped)) for row, swapped in zip(rows, rng.random(len(rows)) < .5)]
 
 # %% ../../../nbs/2_text/10_source.ipynb #401212fa
+def _lengths(tokens, column):
+    "(n,) lengths of the lists in a column, as Arrow knows them: no list is made of 40 million ids."
+    import pyarrow.compute as pc
+    return pc.list_value_length(tokens.with_format('arrow')[column][:]).to_numpy()
+
 class RowSource:
     """Tokenized rows and the frame of a prompter; makes batches, packed as `packing` says, or padded.
 
@@ -31,7 +36,7 @@ class RowSource:
     def __init__(self, tokens, prompter, packing=''):
         self.tokens, self.prompter, self.packing = tokens, prompter, packing
         self.head = prompter.head.name
-        p, a, b = (np.array([len(ids) for ids in tokens[c]]) for c in ('prompt', 'a', 'b'))
+        p, a, b = (_lengths(tokens, c) for c in ('prompt', 'a', 'b'))
         self._costs = {orders: self._cost(p, a, b, orders) for orders in (1, 2)}
         self.lengths = self._costs[1]
 

@@ -6,7 +6,7 @@
 __all__ = ['tokenize_rows', 'load_tokens']
 
 # %% ../../../nbs/2_text/05_tokens.ipynb #d823d568
-import sys
+import os, sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from ..core import UserError, fingerprint
 from ..data.rows import TEXTS, data_hash
 
 # %% ../../../nbs/2_text/05_tokens.ipynb #5ff7e23d
-def tokenize_rows(df, prompter, cache_dir=None, num_proc=1):
+def tokenize_rows(df, prompter, cache_dir=None):
     """A `datasets.Dataset` with id, prompt, a, b (lists of ids), full, cut, turns_cut: the rows of `df` in their order.
 
     Kept as an Arrow file in `cache_dir` (default: the cache of `datasets`) under the hash of data and template."""
@@ -34,11 +34,11 @@ def tokenize_rows(df, prompter, cache_dir=None, num_proc=1):
     ids, count = datasets.Sequence(datasets.Value('int32')), datasets.Value('int32')
     features = datasets.Features(
         id=source.features['id'], prompt=ids, a=ids, b=ids, full=count, cut=count, turns_cut=count)
-    with _bar_on_terminal():
+    with _bar_on_terminal(), _all_cores():
         return source.map(
             _Segmenter(prompter, df), batched=True, with_indices=True, batch_size=256, writer_batch_size=256,
-            num_proc=num_proc if num_proc > 1 else None, features=features,
-            cache_file_name=str(folder/f'tokens-{key}.arrow'), new_fingerprint=key, desc='tokenize')
+            features=features, cache_file_name=str(folder/f'tokens-{key}.arrow'), new_fingerprint=key,
+            desc='tokenize')
 
 def load_tokens(files):
     "The tokenized rows that are kept in the Arrow `files`."
@@ -62,7 +62,7 @@ def _check_rows(df):
     if not len(df): raise UserError('no rows to tokenize; check the file and its filters')
 
 def _cache_files(folder, key):
-    "Files of the tokens with the hash `key`; several processes write one each."
+    "Files of the tokens with the hash `key`: one, or several that an earlier version wrote."
     return sorted(folder.glob(f'tokens-{key}*.arrow'))
 
 def _whole_tokens(files, rows):
@@ -72,6 +72,16 @@ def _whole_tokens(files, rows):
     # a broken file is made again, not reported: it holds nothing that is not in the data
     except Exception: return None
     return tokens if len(tokens) == rows else None
+
+@contextmanager
+def _all_cores():
+    "The tokenizer works in threads on all cores, also in a process that was told to start none."
+    name = 'TOKENIZERS_PARALLELISM'
+    before, os.environ[name] = os.environ.get(name), 'true'
+    try: yield
+    finally:
+        os.environ.pop(name)
+        if before is not None: os.environ[name] = before
 
 @contextmanager
 def _bar_on_terminal():

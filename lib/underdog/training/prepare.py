@@ -7,6 +7,7 @@ __all__ = ['Described', 'describe', 'with_folds', 'differences', 'prepare']
 
 # %% ../../../nbs/4_training/07_prepare.ipynb #d74ce2f0
 import json, math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from ..core import UserError, atomic_path, build_id, fingerprint, read_record, r
 from ..machine import cache_folder
 from ..runfolder import RunFolder, columns
 from ..data.competition import get_competition
-from ..data.floors import FLOORS, Floors, best_floor, cross_predict
+from ..data.floors import Floors, best_floor, fit_floors
 from ..data.folds import labels_of, make_folds, prompt_groups
 from ..data.rows import TEXTS, data_hash, read_rows
 from ..text.prompt import PromptConfig, Prompter
@@ -108,28 +109,23 @@ def _row_table(df, comp, cfg):
     "The `_RowTable` of rows `with_folds`; baselines are fitted on the training rows."
     y, folds = labels_of(df, comp), df['fold'].to_numpy()
     held = folds == cfg.fold
-    train = df[~held].reset_index(drop=True)
-    # baselines of training rows: out of fold, over folds of their own
-    inner = cross_predict(train, comp, make_folds(train, min(5, cfg.n_folds), cfg.seed + 1))
-    best = best_floor(y[~held], inner)
-    # baselines of held-out rows: from all training rows
-    floors = Floors.fit(train, comp)
-    outer = floors.predict(df[held]) if held.any() else {}
+    # baselines of training rows: out of fold, over folds of their own; of held-out rows: from all training rows
+    inner = np.full(len(df), -1)
+    inner[~held] = make_folds(df[~held], min(5, cfg.n_folds), cfg.seed + 1)
+    floors, predictions = fit_floors(df, comp, inner)
+    best = best_floor(y[~held], {name: p[~held] for name, p in predictions.items()})
     # together, as columns
     table = pd.DataFrame({'id': df['id'], 'group': prompt_groups(df), 'fold': folds, 'held': held})
     table[columns('y', comp)] = y
-    for name in FLOORS:
-        p = np.empty((len(df), comp.n_classes))
-        p[~held] = inner[name]
-        if held.any(): p[held] = outer[name]
-        table[columns(f'floor_{name}', comp)] = p
+    for name, p in predictions.items(): table[columns(f'floor_{name}', comp)] = p
     return _RowTable(table, floors, best)
 
-def _kept_row_table(df, comp, cfg, folder):
+def _kept_row_table(df, comp, cfg, folder, whole):
     """`_row_table` from the cache `folder`, where it is kept for the same rows, fold and library.
 
-    With 57,000 rows the baselines take minutes, and a sweep needs them for every run."""
-    parts = [data_hash(df), comp.name, cfg.n_folds, cfg.fold, cfg.seed, build_id()]
+    `whole`: the hash of the file of which `df` is a share. The baselines of 57,000 rows take a minute, and a sweep
+    needs them for every run."""
+    parts = [whole, cfg.share, comp.name, cfg.n_folds, cfg.fold, cfg.seed, build_id()]
     kept = Path(folder)/f'floors-{fingerprint(*parts)}'
     # from the cache
     try:
@@ -184,27 +180,31 @@ def prepare(path, described, resume_from='', restart=False):
     The caller holds the lock of the folder. `UserError` as of `find_earlier`."""
     config = described.config
     comp, cfg = get_competition(config['competition']), TrainConfig(**config['train'])
-    # what is there, and tokens
     run, earlier = RunFolder(Path(path)), find_earlier(path, config, resume_from, restart)
-    tokens = tokenize_rows(described.rows, described.prompter, cache_folder())
-    config = config | dict(tokens=[f['filename'] for f in tokens.cache_files])
+    tokenize = lambda: tokenize_rows(described.rows, described.prompter, cache_folder())
     # a run to go on with, where it can be read
     if earlier:
         if earlier.path.resolve() != run.path.resolve(): earlier.copy_to(run.path)
-        old = earlier.config
         if _readable(run, comp):
-            write_json(run.config_file, old | config | {'data': old['data']})
+            old = earlier.config
+            write_json(run.config_file, old | _with_tokens(config, tokenize()) | {'data': old['data']})
             return run
         print(f'{path}: rows or baselines cannot be read; they are made again', flush=True)
-    else: run.clear()
-    # a new run
-    rows = _kept_row_table(described.rows, comp, cfg, cache_folder())
-    return _new(run, config, described.rows, tokens=tokens, rows=rows)
+    # a new run: the baselines are fitted while the texts are tokenized
+    with ThreadPoolExecutor(1) as pool:
+        whole = config['data']['hash']
+        fitting = pool.submit(_kept_row_table, described.rows, comp, cfg, folder=cache_folder(), whole=whole)
+        tokens = tokenize()
+        rows = fitting.result()
+    if not earlier: run.clear()
+    return _new(run, _with_tokens(config, tokens), described.rows, tokens=tokens, rows=rows)
+
+def _with_tokens(config, tokens): return config | dict(tokens=[f['filename'] for f in tokens.cache_files])
 
 def _new(run, config, df, tokens, rows):
     "Write the files of a new run; config.json comes last, as with it the folder is a run."
     comp, table = get_competition(config['competition']), rows.table
-    table['tokens'], table['cut'] = tokens['full'], tokens['cut']
+    table['tokens'], table['cut'] = tokens['full'][:], tokens['cut'][:]
     rows.floors.save(run.floors)
     with atomic_path(run.rows_file) as tmp: table.to_parquet(tmp)
     with atomic_path(run.check_file) as tmp: _check_rows(df, table).to_parquet(tmp)
