@@ -78,7 +78,7 @@ def attention(args):
     results = []
     for bias in (causal_lower_right(queries, keys), visible):
         out = scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+        results.append([out.detach(), *torch.autograd.grad(out.square().sum(), (q, k, v))])
     difference = max(float((a - b).abs().max()/b.abs().max()) for a, b in zip(*results))
     return dict(largest_relative_difference=difference)
 

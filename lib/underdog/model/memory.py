@@ -39,7 +39,8 @@ def saved_bytes(model, batch):
         if storage.data_ptr() not in known:
             known.add(storage.data_ptr())
             saved[running] += storage.nbytes()
-        return tensor
+        # a copy without history: a saved output that knew its own node would keep the whole pass alive
+        return tensor.detach()
     def enter(layer, *_):
         nonlocal running
         running = layer
