@@ -166,7 +166,8 @@ def test_small_batches_tell_what_a_large_one_keeps(bases, family, dtype):
     kept = measure_kept(model, batch(30, 1), batch(30, 2), batch(60, 1))
     large = batch(150, 4)
     expected = kept.fixed.sum() + large.padded*kept.rate(large.padded//4).sum()
-    assert abs(expected/saved_bytes(model, large).sum() - 1) < .06
+    # rather too much than too little: DeBERTa pads spans of like length, short ones by a larger share
+    assert .94 < expected/saved_bytes(model, large).sum() < 1.1
     if dtype == 'bfloat16':
         copies = 2*sum(p.numel() for p in adapter_parameters(model))
         assert .85 < kept.fixed.sum()/copies < 1.1   # those below the first gradient are not kept
