@@ -167,7 +167,7 @@ def test_small_batches_tell_what_a_large_one_keeps(bases, family, dtype):
     large = batch(150, 4)
     expected = kept.fixed.sum() + large.padded*kept.rate(large.padded//4).sum()
     # rather too much than too little: DeBERTa pads spans of like length, short ones by a larger share
-    assert .94 < expected/saved_bytes(model, large).sum() < 1.1
+    assert .94 < expected/saved_bytes(model, large).sum() < 1.15
     if dtype == 'bfloat16':
         copies = 2*sum(p.numel() for p in adapter_parameters(model))
         assert .85 < kept.fixed.sum()/copies < 1.1   # those below the first gradient are not kept
