@@ -110,6 +110,27 @@ def test_bytes_kept_are_those_that_are_counted(tmp_path, change, dtype, size):
     assert abs(kept_bytes(model_shape(tmp_path), 8, 420, size)/counted - 1) < .06
 
 
+@pytest.mark.parametrize('change', [dict(), dict(hidden_size=512), dict(num_attention_heads=8)])
+@pytest.mark.parametrize('dtype,size', [('float32', 4), ('bfloat16', 2)])
+def test_bytes_kept_by_deberta_are_those_that_are_counted(tmp_path, change, dtype, size):
+    import datasets
+    import torch
+    from test_packing import prompter
+
+    from underdog.model.memory import saved_bytes
+    from underdog.model.model import load_model
+    from underdog.text.source import RowSource
+    sizes = dict(vocab_size=256, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
+                 max_position_embeddings=512, position_buckets=256)
+    make_backbone(tmp_path, 'deberta', **sizes | change)
+    row = {k: torch.randint(4, 256, (n,)).tolist() for k, n in dict(prompt=120, a=300, b=300).items()}
+    source = RowSource(datasets.Dataset.from_list([row]*3), prompter('pair'), 'bidirectional')
+    batch = source.batch([(i, False) for i in range(3)])
+    model = load_model(ModelConfig(str(tmp_path), rank=8, alpha=8., dtype=dtype, quantization='none'))
+    counted = saved_bytes(model, batch)[1]/batch.tokens
+    assert abs(kept_bytes(model_shape(tmp_path), 8, 424, size)/counted - 1) < .06
+
+
 def test_published_runs_imply_a_sane_efficiency():
     for run in PUBLISHED:
         _, efficiency, ratio = implied(run)

@@ -287,7 +287,7 @@ def test_speed_settings_are_not_another_run(world):
         template_hash='t',
         tokenizer_hash='t',
         base_hash='b',
-        competition='c',
+        competition='lmsys',
         data=dict(hash='d'),
     )
     faster = config | dict(train={'lr': 1., 'batch_tokens': 2}, model={'path': 'b', 'rank': 1})

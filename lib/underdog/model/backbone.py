@@ -199,7 +199,7 @@ def _known_device(device):
     device = torch.device(device)
     if device.type == 'cuda' and not torch.cuda.is_available():
         raise UserError(f'device={device}: no CUDA device here; use cpu, or switch the accelerator on')
-    if device.index is not None: torch.cuda.set_device(device)
+    if device.type == 'cuda' and device.index is not None: torch.cuda.set_device(device)
     return device
 
 def _attention(config):

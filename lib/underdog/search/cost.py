@@ -110,12 +110,13 @@ def kept_bytes(shape, rank, longest, size=2):
     q, kv, half = shape.heads*shape.head_dim, shape.kv_heads*shape.head_dim, size == 2
     low_rank = len(shape.matrices)*rank*size
     if shape.disentangled:
-        states, queries = (40.4, 18.7) if half else (49.6, 50.7)
-        scores = 8.*shape.heads*longest   # this attention is not fused: it keeps every score
-        return states*shape.hidden + queries*q + 2*size*shape.intermediate + scores + 1.2*low_rank
+        # this attention is not fused: it keeps every score three times in 32 bits, and those of 512 distances
+        scores = shape.heads*(12.*longest + 2*size*512)
+        queries = (16 if half else 20)*q
+        return scores + queries + size*(7*shape.hidden + 2*shape.intermediate) + low_rank
     attention = 5.37*q + .7*kv if shape.heads > shape.kv_heads else 6.54*q
     mlp = (4 if shape.gated else 2)*shape.intermediate
-    norms = shape.hidden*((18 if half else 16) + 4*(shape.norms - 2))
+    norms = shape.hidden*((12 if half else 16) + 4*(shape.norms - 2))
     return size*(attention + mlp) + norms + low_rank
 
 def memory(setup, batch_tokens, recomputed, longest, size=2):
