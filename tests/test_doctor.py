@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import slow
 from fixtures import small_run
 
 from underdog.console import doctor
@@ -40,6 +41,7 @@ def test_a_well_run_is_green(finished):
     assert states(run_checks(finished.path)) == dict.fromkeys(LINES, 'ok')
 
 
+@slow
 def test_another_head_in_four_bits_is_green(world, tmp_path):
     run = small_run(world, tmp_path/'run', head='joint', quantization='nf4')
     assert not red(run_checks(run.path))

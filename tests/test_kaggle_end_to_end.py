@@ -114,6 +114,7 @@ def ship_inputs(server, root, world):
     underdog(server, root, 'bundle', '--folder', world/'llama', '--model', 'me/tiny/transformers/llama', '--poll', '.1')
 
 
+@slow
 def test_from_an_empty_folder_to_a_score(world, kaggle, tmp_path, monkeypatch):
     server, root = kaggle
     cpu = ['--shape', '', '--poll', '.1']

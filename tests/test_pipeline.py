@@ -70,8 +70,8 @@ def test_kernels_from_train_csv_to_submission(world, tmp_path):
 
 
 @pytest.mark.parametrize('family,head,quantization,orders,start', [
-    ('llama', 'joint', 'int8', 'both', 'none'),
-    ('bert', 'joint', 'none', 'random', 'floors'),
+    pytest.param('llama', 'joint', 'int8', 'both', 'none', marks=slow),
+    pytest.param('bert', 'joint', 'none', 'random', 'floors', marks=slow),
     pytest.param('deberta', 'pair', 'none', 'random', 'none', marks=slow),
 ])
 def test_precisions_heads_and_backbones_train_and_obey_the_law_of_tta(
@@ -101,6 +101,7 @@ def test_two_processes_make_the_run_of_one(world, finished, tmp_path):
     assert '2 process(es)' in (two.path/'train.log').read_text()
 
 
+@slow
 def test_two_machines_make_the_run_of_one(world, finished, tmp_path):
     """The same command with its own run folder on each of two machines (here: twice on loopback) meets by rendezvous;
     both folders hold the whole run."""
@@ -127,6 +128,7 @@ def test_machines_with_different_settings_are_refused(world, finished, tmp_path)
         small_run(world, tmp_path/'run', session=dict(machines=2))
 
 
+@slow
 def test_little_memory_makes_the_same_run(world, finished, tmp_path):
     "What is computed twice changes no number; smaller batches, which little memory asks for too, only by rounding."
     twice = small_run(world, tmp_path/'twice', checkpointing='all')

@@ -235,7 +235,7 @@ def large(tmp_path_factory):
 def until_answers(out, process):
     began = time.monotonic()
     while time.monotonic() - began < 120 and process.poll() is None:
-        if (out/'answers.npz').exists() and (out/'submission.csv').exists(): return
+        if (out/'answers.npz').exists() and answered(out): return
         time.sleep(.01)
     assert process.poll() is None, process.stdout.read()
 
@@ -245,28 +245,21 @@ def answered(out):
     with np.load(out/'answers.npz') as saved: return int((~np.isnan(saved['0']).any((0, 2))).sum())
 
 
-def test_sigterm_publishes_and_sigkill_loses_at_most_what_was_not_published(world, finished, large, tmp_path):
-    """After SIGTERM and after SIGKILL of everything the submission is valid, and a new start answers the rows left.
-
-    In the end it is that of an undisturbed one."""
+@pytest.mark.parametrize('end', ['SIGKILL', pytest.param('SIGTERM', marks=slow)])
+def test_whatever_ends_it_the_submission_is_valid_and_a_new_start_goes_on(world, finished, large, tmp_path, end):
+    "SIGTERM publishes what there is; SIGKILL of everything loses at most that. A new start goes on to the whole."
     out, sample = tmp_path/'out', large['sample_submission.csv']
     start = partial(start_inference, finished.path, large['test.csv'], sample, out)
-    # asked to end
     process = start()
     until_answers(out, process)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode == 0 and check_submission(out/'submission.csv', LMSYS, sample) == 160
-    first = answered(out)
-    # everything killed, once there are new answers
-    process = start()
-    time.sleep(.5)
-    began = time.monotonic()
-    while process.poll() is None and answered(out) <= first and time.monotonic() - began < 120: time.sleep(.02)
-    if process.poll() is None:
+    before = answered(out)
+    if end == 'SIGTERM': process.send_signal(signal.SIGTERM)
+    else:
         for p in [*psutil.Process(process.pid).children(recursive=True), process]: p.kill()
-    process.communicate()
-    assert check_submission(out/'submission.csv', LMSYS, sample) == 160 and answered(out) >= first
+    process.communicate(timeout=60)
+    assert process.returncode == (0 if end == 'SIGTERM' else -signal.SIGKILL)
+    assert check_submission(out/'submission.csv', LMSYS, sample) == 160
+    assert before <= answered(out)
     # left alone
     done = start()
     text = done.communicate(timeout=300)[0]

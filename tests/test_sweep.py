@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import nbformat
 import pytest
+from conftest import slow
 
 from underdog.core import UserError
 from underdog.session import locked
@@ -254,6 +255,7 @@ def test_the_command(tmp_path, kernel):
     for record in out.glob('trial-*/trial.json'): assert list(json.loads(record.read_text())['params']) == ['lr']
 
 
+@slow
 def test_the_sweep_kernel_goes_on_in_the_next_session(tmp_path, kernel, monkeypatch):
     "Under papermill, as on Kaggle; the second session has only the output of the first, which it does not touch."
     from underdog.kernels import run_kernel

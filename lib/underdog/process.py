@@ -41,6 +41,8 @@ def _environment(processes, machines=1):
     # on a GPU freed memory of one size serves tensors of another; the setting has an old and a new name
     names = ('PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF')
     if not set(names) & set(env): env |= dict.fromkeys(names, 'expandable_segments:True')
+    # nothing here is compiled; bitsandbytes asks for the compiler at its import, which takes 1.5 s
+    env.setdefault('TORCHDYNAMO_DISABLE', '1')
     env |= dict(TOKENIZERS_PARALLELISM='false', UNDERDOG_PARENT=str(os.getpid()))
     env['PYTHONPATH'] = os.pathsep.join([str(library_root()), env.get('PYTHONPATH', '')])
     return env

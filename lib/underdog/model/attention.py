@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 # %% ../../../nbs/3_model/01_attention.ipynb #1b01dfc7
 def rotate(x, cos, sin):
@@ -64,7 +63,10 @@ def span_mask(span, plan, window, causal, device):
     seen = sum(end - first for first, end, _ in span.sees)
     if not seen or n == 1: return None, not seen
     # aligned at the lower right: a GPU's kernels know it by name, on a CPU it is built
-    if device.type == 'cuda': return causal_lower_right(n, seen + n), False
+    if device.type == 'cuda':
+        # imported only here: it brings torch's compiler, 1.5 s of CPU in every process
+        from torch.nn.attention.bias import causal_lower_right
+        return causal_lower_right(n, seen + n), False
     if span not in plan.cache:
         plan.cache[span] = torch.ones(n, seen + n, dtype=torch.bool, device=device).tril(seen)
     return plan.cache[span], False
