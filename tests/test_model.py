@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from underdog.core import UserError
 from underdog.machine import quiet
 from underdog.text.batch import Batch
-from underdog.model.backbone import base_hash, load_backbone
+from underdog.model.backbone import load_backbone
+from underdog.model.folder import base_hash
 from underdog.model.lora import layer_range, linear_layers, lora_targets, without_lora
 from underdog.model.memory import blocks, recompute
 from underdog.model.merge import load_adapter, load_merged, merge, save_adapter

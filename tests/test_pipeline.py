@@ -1,4 +1,5 @@
 "The whole job with tiny models: kernels under papermill, precisions, heads, one and two processes, bad runs."
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from underdog.core import UserError, read_json, write_json
 from underdog.runfolder import RunFolder, columns
 from underdog.data.folds import swap_probs, swap_rows
 from underdog.data.rows import read_rows, write_rows
+from underdog.inference.job import check_run
+from underdog.inference.settings import InferConfig
 from underdog.kernels import find_kernel, kernel_parameters, run_kernel
 from underdog.training.run import train
 from underdog.training.worker import same_everywhere
@@ -171,13 +174,21 @@ def test_training_ids_are_inference_ids(world):
     (dict(template_hash='x'), 'template'),
     (dict(base_hash='x'), 'not the base model'),
 ])
-def test_a_run_of_another_template_or_base_is_refused(world, finished, tmp_path, change, message):
+def test_a_run_of_another_template_or_base_is_refused(finished, change, message):
     config = finished.config
     write_json(finished.config_file, config | change)
     try:
-        with pytest.raises(UserError, match=message): predictions(finished.path, world/'test.csv', tmp_path/'out')
+        with pytest.raises(UserError, match=message): check_run(RunFolder.open(finished.path), InferConfig())
     finally: write_json(finished.config_file, config)
-    assert not (tmp_path/'out').exists()
+
+
+def test_another_base_costs_the_model_and_not_the_submission(world, finished, tmp_path):
+    "The baselines answer at once; that no model did so is an error in the end, with its reason."
+    folder = shutil.copytree(finished.path, tmp_path/'run')
+    write_json(folder/'config.json', finished.config | dict(base_hash='x'))
+    with pytest.raises(UserError, match='not the base model of this run'):
+        predictions(folder, world/'test.csv', tmp_path/'out')
+    assert check_submission(tmp_path/'out'/'submission.csv', LMSYS, world/'sample_submission.csv') == 20
 
 
 def test_bad_input_stops_before_the_subprocess(world, finished, tmp_path):

@@ -210,6 +210,24 @@ def test_mistakes_are_said_before_anything_is_written(world, finished, tmp_path)
     assert not out.exists()
 
 
+FIRST = '''
+import sys
+from underdog.inference import scored
+run, test_csv, out = sys.argv[1:]
+jobs, evidence = scored.start_jobs(dict(runs=[run], test_csv=test_csv, cfg={}))
+scored.write_blend(jobs, evidence, out)
+print([name for name in ('torch', 'transformers', 'datasets', 'peft', 'sklearn') if name in sys.modules])
+'''
+
+
+def test_the_first_submission_waits_for_no_library_of_the_models(world, finished, tmp_path):
+    "They take ten seconds and more to import on Kaggle."
+    out = tmp_path/'submission.csv'
+    args = [sys.executable, '-c', FIRST, *map(str, (finished.path, world/'test.csv', out))]
+    assert subprocess.check_output(args, text=True).strip() == '[]'
+    assert check_submission(out, LMSYS) == 20
+
+
 INFERENCE = '''
 import sys
 from underdog.inference.scored import predict

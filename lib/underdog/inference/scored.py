@@ -24,7 +24,7 @@ from ..data.competition import get_competition
 from ..data.counts import count_rows
 from ..data.floors import FLOORS, Floors
 from .settings import InferConfig
-from .job import Job, check_run, devices_of, merged_base, read_test
+from .job import Job, check_whole, devices_of, merged_base, read_test
 from .workers import Workers
 from .schedule import RANKINGS, doubt
 from .evidence import Evidence
@@ -155,7 +155,7 @@ def predict(runs, test_csv, out='predictions', cfg=InferConfig()):
     A valid submission stands from the first seconds on. In `out`: predictions.parquet of each run (of several runs, in
     a folder each) and summary.json. Started again after a kill, it goes on. A model that fails leaves its rows as they
     are; where no row was answered at all it is an error, but not in a scored run."""
-    out, folders = Path(out), _checked_runs(runs, cfg)
+    out, folders = Path(out), _checked_runs(runs)
     hours = get_competition(folders[0].config['competition']).hours - SCORED_MARGIN
     clock = Clock.session(cfg.time_limit, hours, cfg.began)
     # what the child is asked; reading the rows finds a broken file before anything is written
@@ -175,13 +175,13 @@ def predict(runs, test_csv, out='predictions', cfg=InferConfig()):
         remove_temporaries(out)
     return conclude(out, submission, code, tail)
 
-def _checked_runs(runs, cfg):
+def _checked_runs(runs):
     "The run folders `runs`, all finished and of one competition; `UserError` where they are not."
     if isinstance(runs, str): runs = [path.strip() for path in runs.split(',') if path.strip()]
     folders = [RunFolder.open(path) for path in runs]
     if not folders:
         raise UserError('no run folder is given; give the folder that training wrote, or several with commas')
-    for run in folders: check_run(run, cfg)
+    for run in folders: check_whole(run)
     competitions = sorted({run.config['competition'] for run in folders})
     if len({get_competition(name).question for name in competitions}) > 1:
         raise UserError(f"runs of different competitions: {', '.join(competitions)}; blend only runs of one")

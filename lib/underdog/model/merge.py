@@ -16,7 +16,8 @@ from safetensors import safe_open
 
 from ..core import UserError, coerce, first_line, read_record, write_json
 from ..machine import resolve_input
-from .backbone import backbone_config, base_hash, stays_on_host, stored_quantization, weight_files
+from .folder import backbone_config, base_hash, weight_files
+from .backbone import stays_on_host, stored_quantization
 from .lora import block_of, lora_targets
 from .model import load_model
 from .settings import ModelConfig, compute_dtype

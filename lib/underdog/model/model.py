@@ -17,7 +17,8 @@ from torch import nn
 from ..machine import resolve_input
 from ..text.heads import HEADS
 from ..text.pack import Packed
-from .backbone import base_hash, load_backbone, weight_files
+from .folder import base_hash, weight_files
+from .backbone import load_backbone
 from .head import make_head, pool, pool_packed, pooled_tokens, unswap
 from .lora import add_lora
 from .planner import Planner

@@ -18,7 +18,8 @@ from ..session import SessionConfig
 from ..process import launch, raise_failed, run_worker
 from ..runfolder import RunFolder
 from ..text.prompt import PromptConfig
-from ..model.predict import orders_of, predict_logits
+from ..text.heads import orders_of
+from ..model.predict import predict_logits
 from ..training.loop import rehearse
 from ..training.prepare import describe, prepare
 from ..training.settings import TrainConfig

@@ -12,7 +12,8 @@ import numpy as np
 
 from ..machine import peak_memory_gb
 from ..session import Session, progress_bar
-from ..model.predict import orders_of, predict_logits
+from ..text.heads import orders_of
+from ..model.predict import predict_logits
 from .health import Unhealthy
 from .schedule import lr_factor
 

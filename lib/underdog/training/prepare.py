@@ -23,7 +23,7 @@ from ..data.folds import labels_of, make_folds, prompt_groups
 from ..data.rows import TEXTS, data_hash, read_rows
 from ..text.prompt import PromptConfig, Prompter
 from ..text.tokens import tokenize_rows
-from ..model.backbone import base_hash
+from ..model.folder import base_hash
 from ..model.settings import compute_dtype
 from .checkpoint import Checkpoints
 from .settings import TrainConfig

@@ -16,7 +16,7 @@ import torch
 
 from ..core import UserError
 from ..model.memory import out_of_memory, release_memory
-from ..model.predict import orders_of
+from ..text.heads import orders_of
 from ..text.bins import rank_share
 from ..text.source import RowSource, present
 from .budget import MemoryPlan
