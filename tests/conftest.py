@@ -66,6 +66,12 @@ def finished(world, tmp_path_factory):
     return small_run(world, tmp_path_factory.mktemp('finished')/'run')
 
 
+@pytest.fixture(scope='session')
+def joint(world, tmp_path_factory):
+    "Another one, of a joint head."
+    return small_run(world, tmp_path_factory.mktemp('joint')/'run', head='joint')
+
+
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     "A Kaggle of its own for a test, and nothing that an earlier one left."

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 from conftest import slow
-from fixtures import predictions, small_run
+from fixtures import predictions
 from safetensors.torch import load_file, save_file
 from test_pipeline import probabilities
 
@@ -30,10 +30,6 @@ from underdog.inference.publish import Answers, Publisher, blend_answers
 from underdog.inference import schedule, scored
 from underdog.inference.scored import conclude, predict, start_jobs
 from underdog.inference.settings import InferConfig
-
-
-@pytest.fixture(scope='session')
-def joint(world, tmp_path_factory): return small_run(world, tmp_path_factory.mktemp('joint')/'run', head='joint')
 
 
 def limited(world, hours): return InferConfig(sample_submission=str(world/'sample_submission.csv'), time_limit=hours)

@@ -150,6 +150,8 @@ def _read_oof(folds, name, comp):
     rows = pd.concat([run.oof(*needed) for run in folds])
     if rows['id'].duplicated().any():
         raise UserError(f"{', '.join(str(run.path) for run in folds)}: the same fold twice; give each run once")
+    if not np.isfinite(rows[needed[2:]].to_numpy(float)).all():
+        raise UserError(f'{folds[0].oof_file}: probabilities that are not finite; copy the run folder again')
     old, new = columns('p', comp) + columns('one', comp), columns(name, comp) + columns(f'one_{name}', comp)
     return rows.rename(columns=dict(zip(old, new)))
 

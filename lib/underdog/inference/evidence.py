@@ -16,6 +16,7 @@ from ..data.floors import FLOORS
 from ..data.metrics import row_log_loss
 from .blend import Blend, gather_oof
 from .job import Job
+from .lastresort import excused
 from .schedule import PassTurn, best_ranking, compare_rankings, doubt, order_turns
 
 # %% ../../../nbs/5_inference/05_evidence.ipynb #57da4288
@@ -41,21 +42,17 @@ class Evidence:
         self.oof, self.model_of, self._fitted = None, {run.path: str(run.path) for run in runs}, {}
         self.floors = _BLENDED if with_floors else []
         if all(run.oof_file.exists() for run in runs):
-            self.oof, models, self.comp = gather_oof(runs)
-            self.model_of = {path: model for model, paths in models.items() for path in paths}
-            self.y = self._probabilities('y')
-            self.tokens = self._tokens(runs)
+            with excused('what held-out rows say'): self._read(runs)
+
+    def _read(self, runs):
+        "The held-out rows of the `runs`."
+        oof, models, self.comp = gather_oof(runs)
+        self.tokens = _tokens(runs, oof['id'])
+        self.model_of = {path: model for model, paths in models.items() for path in paths}
+        self.oof = oof
+        self.y = self._probabilities('y')
 
     def _probabilities(self, prefix): return self.oof[columns(prefix, self.comp)].to_numpy()
-
-    def _tokens(self, runs):
-        "(n,) tokens of the held-out rows, as the model read them."
-        needed = ['id', 'tokens', 'cut']
-        rows = pd.concat([run.rows(*needed)[needed] for run in runs]).drop_duplicates('id').set_index('id')
-        rows = rows.reindex(self.oof['id'])
-        if rows['tokens'].isna().any():
-            raise UserError(f'{runs[0].path}: rows.parquet lacks held-out rows; copy the run folder again')
-        return (rows['tokens'] - rows['cut']).to_numpy()
 
     def members(self, levels):
         "{name: probabilities on the held-out rows} of the models in `levels` and the baselines."
@@ -110,6 +107,14 @@ class Evidence:
             passes.append(Pass(job, job.orders[turn.order], ranking))
             done.append(turn)
         return PassPlan(passes, reasons)
+
+def _tokens(runs, ids):
+    "(n,) tokens of the held-out rows `ids`, as the model read them."
+    needed = ['id', 'tokens', 'cut']
+    rows = pd.concat([run.rows(*needed)[needed] for run in runs]).drop_duplicates('id').set_index('id').reindex(ids)
+    if rows['tokens'].isna().any():
+        raise UserError(f'{runs[0].path}: rows.parquet lacks held-out rows; copy the run folder again')
+    return (rows['tokens'] - rows['cut']).to_numpy()
 
 def _levels(turns):
     "The state of a row after `turns`."

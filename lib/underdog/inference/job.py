@@ -16,12 +16,12 @@ from typing import NamedTuple
 import numpy as np
 
 from ..core import UserError, atomic_path, coerce
-from ..machine import cache_folder, gpu_count, quiet, resolve_input
+from ..machine import cache_folder, gpu_count, quiet, resolve_input, scored_run
 from ..runfolder import RunFolder, columns
 from ..data.competition import get_competition
 from ..data.floors import FLOORS, Floors
 from ..data.metrics import softmax
-from ..data.rows import read_rows
+from ..data.rows import read_rows, read_whatever
 from ..text.heads import orders_of
 from ..text.prompt import PromptConfig, Prompter
 from ..text.tokens import load_tokens, tokenize_rows
@@ -57,8 +57,9 @@ def check_run(run, cfg):
     return prompter
 
 def read_test(run, test_csv):
-    "The rows of a test file, read as those of the run's competition."
-    return read_rows(test_csv, get_competition(run.config['competition']), labelled=False)[0]
+    "The rows of a test file, read as those of the run's competition; in a scored run whatever is wrong with them."
+    comp = get_competition(run.config['competition'])
+    return read_whatever(test_csv, comp) if scored_run() else read_rows(test_csv, comp, labelled=False)[0]
 
 # %% ../../../nbs/5_inference/01_job.ipynb #aa32636b
 class Part(NamedTuple):

@@ -7,7 +7,7 @@ __all__ = ['start_jobs', 'predict']
 
 # %% ../../../nbs/5_inference/07_scored.ipynb #a9665be5
 import math, signal, sys, time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..core import UserError, atomic_path, coerce, read_json, remove_temporaries, write_json
+from ..core import UserError, atomic_path, coerce, first_line, read_json, remove_temporaries, write_json
 from ..machine import on_kaggle, quiet, scored_run
 from ..session import SCORED_MARGIN, Clock, SessionConfig, duration, locked, progress_bar
 from ..process import launch, run_worker
@@ -25,6 +25,7 @@ from ..data.counts import count_rows
 from ..data.floors import FLOORS, Floors
 from .settings import InferConfig
 from .job import Job, check_whole, devices_of, merged_base, read_test
+from .lastresort import excused, sample_beside, submit_prior
 from .workers import Workers
 from .schedule import RANKINGS, doubt
 from .evidence import Evidence
@@ -110,15 +111,15 @@ def start_jobs(settings, baselines=()):
 
     `baselines`: their answers of each run, if they are there already."""
     runs, cfg = [RunFolder.open(path) for path in settings['runs']], coerce(InferConfig, settings['cfg'])
-    rows = read_test(runs[0], settings['test_csv'])
-    if not baselines: baselines = _baselines(runs, rows)
-    return [Job(run, rows, cfg, floors) for run, floors in zip(runs, baselines)], Evidence(runs, cfg.with_floors)
-
-def _baselines(runs, rows):
-    "The answers of the baselines of each run, {name: (n, C)}; the texts are counted once."
-    loaded = [Floors.load(run.floors) for run in runs]
-    counts = count_rows(rows)
-    return [floors.predict(counts) for floors in loaded]
+    rows, jobs = read_test(runs[0], settings['test_csv']), []
+    # the texts are counted once
+    counts = None if baselines else count_rows(rows)
+    for i, run in enumerate(runs):
+        with excused(run.path):
+            floors = baselines[i] if baselines else Floors.load(run.floors).predict(counts)
+            jobs.append(Job(run, rows, cfg, floors))
+    if not jobs: raise UserError('no run can be read; copy the run folders again')
+    return jobs, Evidence([job.run for job in jobs], cfg.with_floors)
 
 _BASELINES = 'baselines.npz'   # in the output folder
 
@@ -154,15 +155,28 @@ def predict(runs, test_csv, out='predictions', cfg=InferConfig()):
 
     A valid submission stands from the first seconds on. In `out`: predictions.parquet of each run (of several runs, in
     a folder each) and summary.json. Started again after a kill, it goes on. A model that fails leaves its rows as they
-    are; where no row was answered at all it is an error, but not in a scored run."""
-    out, folders = Path(out), _checked_runs(runs)
+    are; where no row was answered at all it is an error, but not in a scored run. There whatever is damaged is left
+    out, and the class prior stands in for it."""
+    if isinstance(runs, str): runs = [path.strip() for path in runs.split(',') if path.strip()]
+    submission = cfg.submission or ('submission.csv' if on_kaggle() else Path(out)/'submission.csv')
+    if not scored_run(): return _predict(runs, test_csv, Path(out), cfg, submission=submission)
+    # somebody waits for a score
+    cfg = replace(cfg, sample_submission=cfg.sample_submission or sample_beside(test_csv))
+    try: return _predict(runs, test_csv, Path(out), cfg, submission=submission)
+    except Exception as e:
+        print(f'warning: {first_line(e)}', flush=True)
+        return submit_prior(runs, test_csv, submission, cfg.sample_submission)
+
+def _predict(runs, test_csv, out, cfg, submission):
+    "`predict` for a list of run folders, writing to the file `submission`."
+    folders = _checked_runs(runs)
     hours = get_competition(folders[0].config['competition']).hours - SCORED_MARGIN
     clock = Clock.session(cfg.time_limit, hours, cfg.began)
     # what the child is asked; reading the rows finds a broken file before anything is written
-    submission = cfg.submission or ('submission.csv' if on_kaggle() else out/'submission.csv')
     settings = dict(runs=[str(run.path) for run in folders], test_csv=str(test_csv), cfg=asdict(cfg),
                     submission=str(submission))
     jobs, evidence = start_jobs(settings)
+    settings['runs'] = [str(job.run.path) for job in jobs]
     with locked(out) as lock:
         remove_temporaries(out)
         _submit_first(jobs, evidence, out, submission)
@@ -176,15 +190,20 @@ def predict(runs, test_csv, out='predictions', cfg=InferConfig()):
     return conclude(out, submission, code, tail)
 
 def _checked_runs(runs):
-    "The run folders `runs`, all finished and of one competition; `UserError` where they are not."
-    if isinstance(runs, str): runs = [path.strip() for path in runs.split(',') if path.strip()]
-    folders = [RunFolder.open(path) for path in runs]
+    """The run folders `runs`, all finished and of one competition; `UserError` where they are not.
+
+    In a scored run those of which this is true; one that is not finished has baselines."""
+    folders = []
+    for path in runs:
+        with excused(path):
+            run = RunFolder.open(path)
+            if not scored_run(): check_whole(run)
+            names = [r.config['competition'] for r in (run, *folders[:1])]
+            if len({get_competition(name).question for name in names}) > 1:
+                raise UserError(f"{path}: of competition {names[0]}, others of {names[1]}; blend only runs of one")
+            folders.append(run)
     if not folders:
         raise UserError('no run folder is given; give the folder that training wrote, or several with commas')
-    for run in folders: check_whole(run)
-    competitions = sorted({run.config['competition'] for run in folders})
-    if len({get_competition(name).question for name in competitions}) > 1:
-        raise UserError(f"runs of different competitions: {', '.join(competitions)}; blend only runs of one")
     return folders
 
 def _submit_first(jobs, evidence, out, submission):

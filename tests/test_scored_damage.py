@@ -1,0 +1,188 @@
+"A scored run with a damaged test file, sample, run or base ends with a valid submission: nobody can mend it there."
+import csv
+import io
+import shutil
+import signal
+from dataclasses import dataclass
+
+import pandas as pd
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from underdog.core import UserError, read_json, write_json
+from underdog.data.competition import LMSYS
+from underdog.data.floors import Floors
+from underdog.data.rows import read_rows
+from underdog.data.submission import check_submission, wanted_ids
+from underdog.inference import scored
+from underdog.inference.settings import InferConfig
+
+TEXTS = ['prompt', 'response_a', 'response_b']
+SOME = settings(max_examples=40, deadline=None,
+                suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture
+def in_a_scored_run(monkeypatch, tmp_path):
+    "Nobody looks, and the child process is killed at once: what counts is what stands before it."
+    monkeypatch.setenv('KAGGLE_IS_COMPETITION_RERUN', '1')
+    monkeypatch.setattr(scored, 'launch', lambda *args, **kwargs: (-signal.SIGKILL, ''))
+
+
+@dataclass
+class Files:
+    "What a scored run is given; tests damage it."
+    folder: object
+    test: object
+    sample: object
+
+    @classmethod
+    def copied(cls, world, folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        test, sample = (shutil.copy(world/name, folder/name) for name in ('test.csv', 'sample_submission.csv'))
+        return cls(folder, test, sample)
+
+    def submit(self, *runs, sample=True, **changes):
+        "The ids of the submission of the `runs`, which is valid."
+        cfg = InferConfig(sample_submission=str(self.sample) if sample else '', **changes)
+        table = scored.predict(','.join(map(str, runs)), self.test, self.folder/'out', cfg)
+        ids = wanted_ids(self.folder/'out'/'submission.csv')
+        assert check_submission(self.folder/'out'/'submission.csv', LMSYS) == len(table) == len(ids)
+        return ids
+
+
+# ---- the hidden file
+CELLS = st.sampled_from(['', '[]', '[1]', 'null', 'plain text', '{"a": 1}', '[["x"]]', '["x', '[null]', '["x", "y"]',
+                         '[1e999]', '['*2000, '"x"', '\\ud800', '["\\ud800"]']) | st.text(max_size=8)
+IDS = st.sampled_from(['', 'nan', '1.0', '007', ' 7 ', '1e3', '-1', 'x', '7', '99999999999999999999'])
+
+
+@st.composite
+def damaged(draw, content):
+    "The bytes of a test file with faults below its header."
+    header, *rows = csv.reader(io.StringIO(content))
+    for _ in range(draw(st.integers(1, 4))):
+        row = draw(st.integers(0, len(rows) - 1))
+        kind = draw(st.sampled_from(['cell', 'id', 'short', 'long', 'twice', 'gone']))
+        if kind == 'gone' and len(rows) > 1: rows.pop(row)
+        elif kind == 'twice': rows.append(rows[row])
+        elif kind == 'short': rows[row] = rows[row][:draw(st.integers(0, 3))]
+        elif kind == 'long': rows[row] = rows[row] + ['more']
+        elif kind == 'id' and rows[row]: rows[row] = [draw(IDS), *rows[row][1:]]
+        elif len(rows[row]) == 4: rows[row] = [*rows[row][:-1], draw(CELLS)]
+    out = io.StringIO()
+    csv.writer(out).writerows([header, *rows])
+    raw = out.getvalue().encode('utf-8', 'surrogatepass')
+    # bytes that are no UTF-8, an open quote, a file cut off
+    at = draw(st.integers(len(','.join(header)) + 2, len(raw)))
+    return raw[:at] + draw(st.sampled_from([b'', b'\xe9', b'"', b'\0', b'\xff\xfe', b'\r', b'\n,,\n'])) \
+        + (raw[at:] if draw(st.booleans()) else b'')
+
+
+@SOME
+@given(st.data())
+def test_a_damaged_hidden_file_costs_its_rows_only(world, finished, in_a_scored_run, tmp_path, data):
+    files = Files.copied(world, tmp_path/'files')
+    files.test.write_bytes(data.draw(damaged((world/'test.csv').read_text())))
+    assert files.submit(finished.path) == wanted_ids(world/'sample_submission.csv')
+
+
+def test_rows_that_are_whole_keep_the_answers_of_the_baselines(world, finished, in_a_scored_run, tmp_path):
+    files = Files.copied(world, tmp_path/'files')
+    files.submit(finished.path)
+    whole = pd.read_csv(tmp_path/'files'/'out'/'submission.csv', index_col='id')
+    table = pd.read_csv(files.test, dtype=str)
+    table.loc[3, 'response_a'] = 'plain text'
+    table['id'] += '.0'
+    table.drop(index=5).to_csv(files.test, index=False)
+    files.submit(finished.path)
+    mended = pd.read_csv(tmp_path/'files'/'out'/'submission.csv', index_col='id')
+    others = [int(float(i)) for k, i in enumerate(table['id']) if k not in (3, 5)]
+    pd.testing.assert_frame_equal(mended.loc[others], whole.loc[others])
+    # what has no row gets the class prior
+    prior = Floors.load(finished.floors).predict(read_rows(world/'test.csv', labelled=False)[0])['prior'][0]
+    assert mended.loc[int(float(table['id'][5]))].tolist() == pytest.approx(prior.tolist())
+
+
+def test_elsewhere_each_of_these_is_an_error_with_its_row(world, finished, tmp_path):
+    files = Files.copied(world, tmp_path/'files')
+    table = pd.read_csv(files.test, dtype=str)
+    table.loc[3, 'response_a'] = 'plain text'
+    table.to_csv(files.test, index=False)
+    with pytest.raises(UserError, match=r'row 4 \(id .*column response_a'): files.submit(finished.path)
+
+
+@pytest.mark.parametrize('content', [
+    b'', b'id\n', b'\x89PNG\r\n', b'a,b\n1,2\n', b'id,prompt\n1,x\n', b'\xff\xfei\0d\0\n\0'])
+def test_a_hidden_file_without_its_header_leaves_the_sample_with_the_prior(
+    world, finished, in_a_scored_run, tmp_path, content,
+):
+    files = Files.copied(world, tmp_path/'files')
+    files.test.write_bytes(content)
+    assert files.submit(finished.path) == wanted_ids(world/'sample_submission.csv')
+    files.test.unlink()
+    assert files.submit(finished.path) == wanted_ids(world/'sample_submission.csv')
+
+
+# ---- the sample
+@pytest.mark.parametrize('change', ['more', 'less', 'floats', 'twice', 'turned', 'garbage', 'gone', 'columns', 'empty'])
+def test_a_damaged_sample_still_says_which_ids_are_wanted(world, finished, in_a_scored_run, tmp_path, change):
+    files = Files.copied(world, tmp_path/'files')
+    table = pd.read_csv(files.sample, dtype=str)
+    of_the_test = wanted_ids(files.test)
+    one_more = pd.DataFrame([['4242', '1', '0', '0']], columns=table.columns)
+    tables = dict(more=pd.concat([table, one_more]), less=table[1:], floats=table.assign(id=table['id'] + '.0'),
+                  twice=pd.concat([table, table[:2]]), turned=table[::-1], columns=table[['id']], empty=table[:0])
+    if change in tables: tables[change].to_csv(files.sample, index=False)
+    elif change == 'gone': files.sample.unlink()
+    else: files.sample.write_bytes(b'\x89PNG\r\n\0\xff')
+    wanted = list(dict.fromkeys(tables[change]['id'])) if change in tables and change != 'empty' else of_the_test
+    assert files.submit(finished.path) == wanted
+
+
+def test_a_sample_beside_the_test_file_is_found(world, finished, in_a_scored_run, tmp_path):
+    files = Files.copied(world, tmp_path/'files')
+    pd.read_csv(files.sample)[::-1].to_csv(files.sample, index=False)
+    assert files.submit(finished.path, sample=False) == wanted_ids(files.sample)
+
+
+# ---- runs and bases
+@SOME
+@given(st.data())
+def test_a_damaged_run_costs_itself_only(world, finished, joint, in_a_scored_run, tmp_path, data):
+    "Any file of it gone, empty, cut, or other bytes: with a second run and alone."
+    files, run = Files.copied(world, tmp_path/'files'), tmp_path/'run'
+    shutil.rmtree(run, ignore_errors=True)
+    shutil.copytree(finished.path, run)
+    file = run/data.draw(st.sampled_from(sorted(str(f.relative_to(run)) for f in run.rglob('*') if f.is_file())))
+    how = data.draw(st.sampled_from(['gone', 'empty', 'cut', 'bytes', 'object', 'list']))
+    raw = file.read_bytes()
+    if how == 'gone': file.unlink()
+    else: file.write_bytes(dict(empty=b'', cut=raw[:len(raw)//2], bytes=b'\0\xff'*40, object=b'{}', list=b'[1]')[how])
+    runs = data.draw(st.sampled_from([(run,), (run, joint.path), (joint.path, run)]))
+    assert files.submit(*runs) == wanted_ids(files.sample)
+
+
+def test_of_two_runs_the_damaged_one_is_left_out_and_the_other_answers(world, finished, joint, tmp_path, monkeypatch):
+    "The whole, with its child: an adapter that cannot be read is a failed job, and the baselines are there before."
+    monkeypatch.setenv('KAGGLE_IS_COMPETITION_RERUN', '1')
+    files, run = Files.copied(world, tmp_path/'files'), shutil.copytree(joint.path, tmp_path/'run')
+    for file in (run/'adapter').glob('*.safetensors'): file.write_bytes(b'no weights')
+    assert files.submit(run, finished.path) == wanted_ids(files.sample)
+    summary = read_json(files.folder/'out'/'summary.json')
+    assert list(summary['failed']) == [str(run)]
+    assert summary['answered'][str(finished.path)] == [0, 20]
+
+
+@pytest.mark.parametrize('key,value', [('competition', 'another'), ('best_floor', 'none'), ('train', {}), ('model', 7)])
+def test_a_strange_setting_costs_its_run_only(world, finished, in_a_scored_run, tmp_path, key, value):
+    files, run = Files.copied(world, tmp_path/'files'), shutil.copytree(finished.path, tmp_path/'run')
+    write_json(run/'config.json', finished.config | {key: value})
+    assert files.submit(run, finished.path) == files.submit(run) == wanted_ids(files.sample)
+
+
+def test_no_run_at_all(world, in_a_scored_run, tmp_path):
+    files = Files.copied(world, tmp_path/'files')
+    assert files.submit(tmp_path/'none') == files.submit(world) == wanted_ids(files.sample)
