@@ -1,5 +1,7 @@
 "The ground: atomic files, values from text, Kaggle's mounts, kernels, the run folder, competitions."
+import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +16,7 @@ from underdog.data.competition import COMPETITIONS, LLM_FINETUNING, LMSYS, WSDM,
 from underdog.kernels import check_parameters, find_kernel, kernel_parameters
 from underdog.machine import on_kaggle, pick_dtype, resolve_input, seed_everything
 from underdog.runfolder import RunFolder
+from underdog.session import locked
 
 
 @dataclass(frozen=True)
@@ -323,3 +326,36 @@ def test_a_run_of_the_closed_board_is_one_of_the_open_board():
     from underdog.training.prepare import differences
     old, new, other = (dict(competition=c.name) for c in (LMSYS, LLM_FINETUNING, WSDM))
     assert differences(old, new) == [] and differences(old, other) == ['competition']
+
+
+# ---- what others may have left
+def test_a_number_that_is_not_finite_is_no_setting():
+    from underdog.inference.settings import InferConfig
+    from underdog.model.settings import ModelConfig
+    from underdog.session import SessionConfig
+    from underdog.text.prompt import PromptConfig
+    from underdog.training.settings import TrainConfig
+    for cls, given in ((TrainConfig, {}), (SessionConfig, {}), (InferConfig, {}), (PromptConfig, {}),
+                       (ModelConfig, dict(path='m'))):
+        numbers = [f.name for f in dataclasses.fields(cls) if f.type in (float, float | None)]
+        assert numbers
+        for name in numbers:
+            for value in (math.nan, math.inf, -math.inf):
+                with pytest.raises(UserError, match=f'{name}='): cls(**given, **{name: value})
+
+
+def test_a_file_that_is_replaced_keeps_its_mode(tmp_path):
+    file = tmp_path/'token'
+    file.write_text('secret')
+    file.chmod(0o600)
+    atomic_write(file, 'another')
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_lock_that_is_a_link_empties_nothing(tmp_path):
+    file = tmp_path/'thesis.txt'
+    file.write_text('years of work')
+    (tmp_path/'out').mkdir()
+    (tmp_path/'out'/'.lock').symlink_to(file)
+    with pytest.raises(UserError, match='a link'), locked(tmp_path/'out'): pass
+    assert file.read_text() == 'years of work'

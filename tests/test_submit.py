@@ -23,7 +23,7 @@ from underdog.data.competition import LMSYS
 from underdog.data.rows import read_rows
 from underdog.data.sample import write_sample
 from underdog.data.submission import check_submission
-from underdog.inference.blend import Blend
+from underdog.inference.blend import Blend, gather_oof
 from underdog.inference.evidence import Evidence
 from underdog.inference.job import Job
 from underdog.inference.publish import Answers, Publisher, blend_answers
@@ -156,6 +156,13 @@ def test_a_full_disk_costs_a_version_not_the_run(world, finished, tmp_path, monk
     assert 'the version before stands' in capsys.readouterr().out
     publisher.now()
     assert (tmp_path/'submission.csv').read_bytes() != before
+
+
+def test_runs_of_different_data_are_not_blended(finished, joint, tmp_path):
+    other = shutil.copytree(joint.path, tmp_path/'other')
+    config = joint.config
+    write_json(other/'config.json', config | dict(data=config['data'] | dict(hash='of other rows')))
+    with pytest.raises(UserError, match='trained on different data'): gather_oof([finished, RunFolder.open(other)])
 
 
 # ---- the whole
@@ -293,6 +300,19 @@ def test_a_killed_worker_is_replaced(world, finished, large, tmp_path):
     text = process.communicate(timeout=300)[0]
     assert process.returncode == 0 and answered(tmp_path/'out') == 160
     assert not workers or 'it starts again' in text
+
+
+def test_what_a_killed_parent_leaves_ends_and_the_folder_is_free(world, finished, large, tmp_path):
+    out = tmp_path/'out'
+    process = start_inference(finished.path, large['test.csv'], large['sample_submission.csv'], out)
+    until_answers(out, process)
+    left = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    gone, alive = psutil.wait_procs(left, timeout=30)
+    assert left and not alive
+    with locked(out): pass
+    assert check_submission(out/'submission.csv', LMSYS, large['sample_submission.csv']) == 160
 
 
 def test_the_second_of_two_starts_is_refused(world, finished, tmp_path):

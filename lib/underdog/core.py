@@ -8,7 +8,7 @@ __all__ = ['UserError', 'nearest', 'atomic_path', 'atomic_write', 'remove_tempor
            'build_id', 'versions', 'convert', 'coerce', 'Settings']
 
 # %% ../../nbs/00_core.ipynb #2551e549
-import difflib, hashlib, json, os, shutil, sys, tempfile, types, typing
+import difflib, hashlib, json, math, os, shutil, sys, tempfile, types, typing
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -33,8 +33,8 @@ def atomic_path(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, tmp = tempfile.mkstemp(prefix=f'.{path.name}.', suffix='.tmp', dir=path.parent)
     os.close(fd)
-    # mkstemp makes private files; a submission must be readable by whoever scores it
-    os.chmod(tmp, 0o666 & ~_umask())
+    # mkstemp makes private files; a submission must be readable by whoever scores it, a token stays as it was
+    os.chmod(tmp, path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask())
     try:
         yield Path(tmp)
         with open(tmp, 'rb') as f: os.fsync(f.fileno())
@@ -205,6 +205,13 @@ def coerce(cls, values):
 
 class Settings:
     "What every config can do. A field whose kernel parameter has another name says so: `metadata={'parameter': name}`."
+    def __post_init__(self):
+        # nan passes any comparison by which a config refuses a value
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f'{f.name}={value}: a finite number is wanted')
+
     @classmethod
     def parameters(cls):
         "{kernel parameter: field} of the config."

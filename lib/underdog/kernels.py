@@ -89,7 +89,9 @@ def run_kernel(name, parameters, out):
     target = out/f'{path.stem}.ipynb'
     print(f'== {path.stem} ==', flush=True)
     try:
-        pm.execute_notebook(path, target, values, kernel_name='python3', progress_bar=False,
+        # papermill fills in what stands in braces
+        notebooks = [str(file).replace('{', '{{').replace('}', '}}') for file in (path, target)]
+        pm.execute_notebook(*notebooks, values, kernel_name='python3', progress_bar=False,
                             log_output=True, stdout_file=sys.stdout, stderr_file=sys.stderr,
                             extra_arguments=['--log-level=ERROR'])
     except pm.PapermillExecutionError as e:

@@ -7,7 +7,7 @@ __all__ = ['KAGGLE_HOURS', 'TRAINING_HOURS', 'SCORED_MARGIN', 'Clock', 'duration
            'progress_bar', 'locked']
 
 # %% ../../nbs/02_session.ipynb #e323eb89
-import math, os, re, signal, socket, sys, threading, time
+import errno, math, os, re, signal, socket, sys, threading, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +64,7 @@ class SessionConfig(Settings):
     began: float | None = None  # `time.monotonic` at which the session began; now if left out
 
     def __post_init__(self):
+        super().__post_init__()
         if self.processes < 0:
             raise UserError(f'processes={self.processes}: a number of processes, or 0 for one per GPU')
         if self.machines < 1 or (self.machines > 1 and not re.fullmatch(r'\S+:\d+', self.rendezvous)):
@@ -138,7 +139,7 @@ def locked(folder, wait=0.):
     `UserError` while another holds it, after `wait` seconds."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + wait
-    with open(Path(folder)/'.lock', 'a+') as f:
+    with open(Path(folder)/'.lock', 'a+', opener=_no_link) as f:
         # wait for the other one, whose name is in the file
         while not _lock(f):
             f.seek(0)
@@ -152,6 +153,13 @@ def locked(folder, wait=0.):
         f.flush()
         # the lock is held until the file is closed
         yield f.fileno()
+
+def _no_link(path, flags):
+    "Open `path`, but not what a link of that name leads to: it would be emptied."
+    try: return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    except OSError as e:
+        if e.errno != errno.ELOOP: raise
+        raise UserError(f'{path}: a link, and a lock is wanted; remove it') from None
 
 def _lock(file):
     "Take the lock on an open file; False while another has it."

@@ -65,7 +65,8 @@ def run_demo(out, train=None, test=None, seed=0, **settings):
     """Train, infer with TTA, blend and report in the folder `out`; returns the scores as a dict.
 
     `train` and `test` are competition files (generated if left out); `settings` override those of the demo, by the
-    names of the training kernel's parameters, and `n_train`, `n_test`: how many rows are generated."""
+    names of the training kernel's parameters, and `n_train`, `n_test`: how many rows are generated. A demo that was
+    stopped goes on; a run of other rows or settings in the folder is refused with a `UserError`."""
     if (train is None) != (test is None): raise UserError('give both --train and --test, or neither')
     began, out = time.monotonic(), Path(out)
     sizes = {name: settings.pop(name, n) for name, n in _SIZES.items()}
@@ -80,7 +81,7 @@ def run_demo(out, train=None, test=None, seed=0, **settings):
 
     # train, infer, blend
     run, predictions = str(out/'run'), str(out/'predictions')
-    kept = dict(train_csv=str(train), model=str(smollm2()), out=run, seed=seed, restart=True)
+    kept = dict(train_csv=str(train), model=str(smollm2()), out=run, seed=seed)
     run_kernel('train', kept | chosen, out)
     run_kernel('infer', dict(run=run, test_csv=str(test), out=predictions), out)
     best = None if truth is None else _best_possible(run, truth)

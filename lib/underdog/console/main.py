@@ -46,7 +46,7 @@ def _options(
 def main():
     "Entry point of the console command `underdog`."
     try: app()
-    except UserError as e:
+    except (UserError, OSError) as e:
         Console(stderr=True).print(f'[bold red]underdog:[/] {escape(str(e))}', soft_wrap=True, highlight=False)
         sys.exit(1)
     except KeyboardInterrupt: sys.exit(130)   # as a shell has it: 128 and the number of SIGINT

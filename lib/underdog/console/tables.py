@@ -28,7 +28,7 @@ def shown(value):
 def print_table(title, columns, rows):
     "Print `rows` (tuples) under the names `columns`; columns of numbers are aligned right."
     cells = [[shown(value) for value in row] for row in rows]
-    table = Table(title=title, title_justify='left')
+    table = Table(title=escape(title), title_justify='left')
     for i, name in enumerate(columns):
         # the first column names the row
         numbers = i > 0 and all(re.fullmatch(r'[-+\d.,e]*', row[i]) for row in cells)

@@ -129,6 +129,11 @@ def gather_oof(runs):
         if not run.oof_file.exists():
             raise UserError(f'{run.path}: no oof.parquet; train it with a held-out fold (fold >= 0)')
         members.setdefault(_model_key(run.config), []).append(run)
+    # were they trained on the same rows?
+    files = {run.config.get('data', {}).get('hash'): run for run in runs}
+    if len(files) > 1:
+        one, other = [run.path for run in files.values()][:2]
+        raise UserError(f'{one} and {other} were trained on different data; blend runs of one file')
     # join the models on the rows that all of them have
     table, models = None, {}
     for folds in members.values():

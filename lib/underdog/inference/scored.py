@@ -6,7 +6,7 @@
 __all__ = ['start_jobs', 'predict']
 
 # %% ../../../nbs/5_inference/07_scored.ipynb #a9665be5
-import math, signal, sys, time
+import math, os, signal, sys, time
 from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
@@ -18,7 +18,7 @@ import pandas as pd
 from ..core import UserError, atomic_path, coerce, first_line, read_json, remove_temporaries, write_json
 from ..machine import on_kaggle, quiet, scored_run
 from ..session import SCORED_MARGIN, Clock, SessionConfig, duration, locked, progress_bar
-from ..process import launch, run_worker
+from ..process import end_with, launch, run_worker
 from ..runfolder import RunFolder
 from ..data.competition import get_competition
 from ..data.counts import count_rows
@@ -140,6 +140,7 @@ def _predict_here(out, end=math.inf):
     quiet()
     def stop(number, frame): raise SystemExit(0)
     for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, stop)
+    end_with(int(os.environ['UNDERDOG_PARENT']))   # the folder is free again soon after it was killed
     # go on where an earlier start was
     settings = read_json(out/'submit.json')
     jobs, evidence = start_jobs(settings, _handed_over(out/_BASELINES, len(settings['runs'])))

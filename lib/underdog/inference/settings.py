@@ -31,6 +31,7 @@ class InferConfig(Settings):
     began: float | None = None   # `time.monotonic` at which the session began; now if left out
 
     def __post_init__(self):
+        super().__post_init__()
         if self.batch_tokens < 1: raise UserError(f'batch_tokens={self.batch_tokens}: must be above 0')
         if self.processes < 0:
             raise UserError(f'processes={self.processes}: a number of processes, or 0 for one per GPU')

@@ -14,6 +14,8 @@ from multiprocessing.connection import wait
 from typing import NamedTuple
 
 from ..core import UserError
+from ..process import end_with
+from ..process import end_with
 
 # %% ../../../nbs/5_inference/02_workers.ipynb #93b1e551
 class WorkQueue:
@@ -72,6 +74,7 @@ def _serve(connection, start, device, threads):
     "Life of a worker: load, say so, compute the (number, part) that come until None comes."
     import torch
     torch.set_num_threads(threads)
+    end_with(multiprocessing.parent_process().pid)   # whatever it is at: nobody waits for the answer
     try:
         if device.startswith('cuda'): torch.cuda.set_device(device)   # Triton launches on device 0 otherwise
         compute = start(device)

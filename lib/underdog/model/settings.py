@@ -41,6 +41,7 @@ class ModelConfig(Settings):
     head_act: str = ''             # activation of the layer before the scores, '' none; found by `load_model`
 
     def __post_init__(self):
+        super().__post_init__()
         # one of a few words
         for name, choices in CHOICES.items():
             value = getattr(self, name)

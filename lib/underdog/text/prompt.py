@@ -29,6 +29,7 @@ class PromptConfig(Settings):
     min_keep: int = 8           # tokens that each answer keeps at least, if it has them
 
     def __post_init__(self):
+        super().__post_init__()
         if self.template not in ('auto', 'chat', 'plain'):
             raise UserError(f"template={self.template!r}: use 'auto', 'chat' or 'plain'")
         if not 0 <= self.prompt_share < 1:

@@ -41,6 +41,7 @@ class TrainConfig(Settings):
     seed: int = 0                # of everything random
 
     def __post_init__(self):
+        super().__post_init__()
         # numbers
         for name in _ABOVE_0:
             value = getattr(self, name)
