@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 from ..core import UserError
 from ..process import end_with
-from ..process import end_with
 
 # %% ../../../nbs/5_inference/02_workers.ipynb #93b1e551
 class WorkQueue:
