@@ -4,6 +4,7 @@ The client is the real one."""
 import ast
 import json
 import os
+import pickle
 import re
 import signal
 import socket
@@ -20,7 +21,7 @@ from kaggle_server import QUOTA, SESSIONS, write_notebook
 from underdog.core import UserError
 from underdog.kernels import find_kernel
 from underdog.kaggle.account import Hub, Refused
-from underdog.kaggle.contents import find_key
+from underdog.kaggle.keys import find_key
 from underdog.kaggle.leaderboard import read_scores
 from underdog.kaggle.ledger import gpu_quota, home_folder, note_run, read_ledger
 from underdog.kaggle.proof import expectation, last_source, proof_source
@@ -404,9 +405,9 @@ def test_a_key_in_a_notebook_is_refused(server, hub, kernel, cell):
 
 def test_keys_and_pickles_in_a_folder_are_refused(server, hub, tmp_path):
     folder = data(tmp_path/'d')
-    bad = {'notes.md': f'my token is {KEY}', 'kaggle.json': '{}', 'model.bin': 'x', 'w.pkl': 'x'}
+    bad = {'notes.md': f'my token is {KEY}'.encode(), 'kaggle.json': b'{}', 'w.bin': pickle.dumps({})}
     for name, content in bad.items():
-        (folder/name).write_text(content)
+        (folder/name).write_bytes(content)
         with pytest.raises(UserError) as e: ship(hub, folder, 'some-data')
         assert KEY not in str(e.value)
         (folder/name).unlink()

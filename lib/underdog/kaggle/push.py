@@ -15,7 +15,7 @@ from ..session import KAGGLE_HOURS
 from ..kernels import check_parameters, find_kernel
 from .access import check_sources
 from .account import Refused
-from .contents import find_key
+from .keys import find_key
 from .names import Sources, inputs_of, mounted_inputs
 from .proof import expectation, last_source, proof_source
 

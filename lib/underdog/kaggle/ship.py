@@ -97,11 +97,14 @@ def _holds(hub, ref, bundle):
 
 # %% ../../../nbs/7_kaggle/02_ship.ipynb #63d45c4c
 def _stage(folder, name, bundle):
-    "A folder for the client, in a place of its own for `name`: links to the entries of `folder`, and the manifest."
+    "A folder for the client, in a place of its own for `name`: links to the files of `bundle`, and the manifest."
     place = cache_folder()/'ship'/name.replace('/', '-')
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
-    for top in {Path(file).parts[0] for file in bundle['files']}: (place/top).symlink_to((Path(folder)/top).resolve())
+    # file by file: a linked folder would bring along what nobody has looked at
+    for file in bundle['files']:
+        (place/file).parent.mkdir(parents=True, exist_ok=True)
+        (place/file).symlink_to((Path(folder)/file).resolve())
     write_json(place/MANIFEST, bundle)
     return place
 
