@@ -57,7 +57,8 @@ class Case:
 def cases_of(family):
     """A case for each head of `family`.
 
-    Every pair of family, head, quantization and host is in one of them; for decoders every triple without the family."""
+    Those of all families hold every pair of family, head, quantization and host, those of decoders every triple of the
+    last three."""
     i, heads = FAMILIES.index(family), ('pair', 'joint', 'symmetric') if family in DECODERS else ('pair', 'joint')
     return [Case(family, head, ('none', 'nf4')[(i + j) % 2], bool((i//2 + j) % 2)) for j, head in enumerate(heads)]
 
@@ -239,7 +240,8 @@ def main(*families):
     for family in families:
         with tempfile.TemporaryDirectory() as folder:
             base = make_folder(family, folder)
-            for case in cases_of(family): print(json.dumps(dict(case=str(case), family=family) | run(case, base)), flush=True)
+            for case in cases_of(family):
+                print(json.dumps(dict(case=str(case), family=family) | run(case, base)), flush=True)
 
 
 if __name__ == '__main__': main(*sys.argv[1:])

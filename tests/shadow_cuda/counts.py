@@ -10,7 +10,7 @@ class Counts:
     copies: Counter = field(default_factory=Counter)      # 'to device' and 'to host'
     syncs: Counter = field(default_factory=Counter)       # what makes the host wait for the device
     attention: Counter = field(default_factory=Counter)   # calls of attention by kernel and dtypes
-    wide: Counter = field(default_factory=Counter)        # results in fp32 or bf16 of `limit` elements, by name and dtype
+    wide: Counter = field(default_factory=Counter)        # results in fp32 or bf16 of `limit` elements, by name
     wider: Counter = field(default_factory=Counter)       # those of more
     limit: int = 2**62
 
