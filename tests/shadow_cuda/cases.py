@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from unittest import mock
 
+from shadow_cuda import t4
 from shadow_cuda.tensors import DeviceMix, put, shadow_cuda
 import numpy as np
 import torch
@@ -26,9 +27,11 @@ from underdog.model.model import adapter_parameters, head_parameters, load_model
 from underdog.model.predict import orders_of, predict_logits
 from underdog.model.selftest import Choice
 from underdog.model.settings import ModelConfig
+from underdog.text.heads import HEADS
 from underdog.text.source import RowSource
 from underdog.training.budget import plan_memory
 from underdog.training.loop import rehearse
+from underdog.training.probe import start_from_probe
 from underdog.training.settings import TrainConfig
 from underdog.training.step import FitData, Training
 from underdog.training.worker import accelerator_for
@@ -163,6 +166,8 @@ def train(case, cfg, counts):
     "What came of a training step after a rehearsal."
     training = start(case, cfg)
     rehearse(training)
+    if HEADS[case.head].probe:
+        start_from_probe(training.model, training.data, np.arange(ROWS*4), rows=12, accelerator=training.accelerator)
     # random weights of this size want a smaller loss scale
     training.accelerator.scaler.update(2.**10)
     # the first step makes Adam's moments, the second is like all others
@@ -208,7 +213,8 @@ def run(case, folder):
         with shadow_cuda() as counts:
             result = train(case, cfg, counts)
             logits = logits_on(PREDICT, case, cfg)
-    return result | dict(error=float(np.abs(logits - expected).max()), largest=float(np.abs(expected).max()))
+    error, largest = np.abs(logits - expected).max(), np.abs(expected).max()
+    return result | dict(error=float(error), largest=float(largest), current=t4.current[0])
 
 
 def mixed():
