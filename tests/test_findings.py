@@ -2,7 +2,6 @@
 
 The whole kernel runs once, pushed to the server on this machine, and once here."""
 import json
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +16,7 @@ from underdog.search.calibrate import _timed_steps
 from underdog.search.ceilings import measure_ceiling
 from underdog.search.measured import part_of, read_measured
 from underdog.kaggle.ship import LIBRARY, library_bundle, ship, ship_model
+from underdog.kaggle.watch import progress_of
 from underdog.kaggle.wheels import kaggle_image
 from underdog.console import findings
 from underdog.console.doctor import gate
@@ -49,7 +49,7 @@ def test_first_on_a_cpu_then_on_gpus(world, server, hub, tmp_path, capsys, monke
     ship(hub, tmp_path/'library', LIBRARY)
     ship_model(hub, world/'llama', 'me/tiny/transformers/llama')
     given = params_of(SETTINGS | dict(model='models/me/tiny/transformers/llama/1'))
-    probe(given, out=tmp_path/'out', record=tmp_path/'T4.md', wheels=False, poll=.05)
+    probe(given, out=tmp_path/'out', record=tmp_path/'T4.md', wheels=False, poll=.2)
     free, costly = (read_json(tmp_path/'out'/f'{slug}-1'/'probe'/'probe.json')
                     for slug in ('underdog-probe-cpu', 'underdog-probe'))
 
@@ -121,6 +121,12 @@ def test_steps_end_with_their_time(monkeypatch, slow_s, made):
     def make_step(number, rows): clock.now += slow_s
     training = SimpleNamespace(agree=bool, make_step=make_step, plan=range(9))
     assert len(_timed_steps(training, range(5), seconds=.5)) == made
+
+
+def test_the_progress_of_a_wide_table_is_told_at_once():
+    "It took minutes: a pattern that looks for a bar was tried at every space."
+    assert progress_of(['train: 40%|####    | 4/10 [00:04<00:06]', 'a table' + ' '*30_000 + '100 %', ' '*30_000]) \
+        == 'train 4 of 10 (40 %, 00:04<00:06)'
 
 
 # ---- the image

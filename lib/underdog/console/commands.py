@@ -74,7 +74,8 @@ def show(
     typer.echo(show_row(prompter, df.iloc[row - 1], swapped))
 
 # %% ../../../nbs/8_console/06_commands.ipynb #23a0b600
-_RESULTS = {'train': 'run', 'infer': 'predictions', 'blend': '.', 'probe': 'probe'}   # where a kernel puts its results unless told
+# where a kernel puts its results unless told
+_RESULTS = {'train': 'run', 'infer': 'predictions', 'blend': '.', 'probe': 'probe'}
 
 def run(
     kernel: argument(str, 'train, infer, blend, or the path of a notebook'),

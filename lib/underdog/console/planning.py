@@ -74,9 +74,8 @@ def _measured(path, efficiency):
     "(card, efficiency, lines) of a probe.json; `efficiency` stands in where nothing was rehearsed."
     from underdog.search.measured import read_measured
     measured = read_measured(path)
-    lines = list(measured.lines)
-    if measured.efficiency is None: typer.echo(f'{path}: nothing was rehearsed, so the efficiency {efficiency:g} is assumed')
-    return measured.accelerator, measured.efficiency or efficiency, lines
+    if measured.efficiency is None: typer.echo(f'{path}: nothing was rehearsed, efficiency {efficiency:g} is assumed')
+    return measured.accelerator, measured.efficiency or efficiency, list(measured.lines)
 
 def _print_plan(title, lines):
     # two decimals for small fractions, none for what is large or a count

@@ -69,7 +69,7 @@ def _probed_image(path):
     "The image that a probe.json was made in."
     probe = read_record(path, parts=dict)
     seen = probe['parts'].get('packages', {})
-    if 'packages' not in seen: raise UserError(f"{path}: it does not say what the image holds: {seen.get('why', 'old')}")
+    if 'packages' not in seen: raise UserError(f'{path}: it does not say what the image holds; probe the machine again')
     return KaggleImage(seen['python'], kaggle_image().platforms, seen['packages'], probe.get('made', ''))
 
 def _recorded_version(specifier):
