@@ -104,10 +104,11 @@ class Job(threading.Thread):
         for ref in request.get('modelDataSources', []):
             name, number = ref.rsplit('/', 1)
             self.place(server.models[name][int(number) - 1], self.mount_point('models', ref))
-        # the driver's tool shows the GPUs of the machine's shape
-        tool = self.tree/'bin'/'nvidia-smi'
-        gpus = enumerate(SHAPES.get(self.version['shape'], []))
-        tool.write_text('#!/bin/sh\n' + ''.join(f'echo "GPU {i}: {name} (UUID: GPU-{i})"\n' for i, name in gpus))
+        # the driver's tool shows the GPUs of the machine's shape, by name or as a table; a machine without has none
+        tool, gpus = self.tree/'bin'/'nvidia-smi', SHAPES.get(self.version['shape'], [])
+        listed = ''.join(f'echo "GPU {i}: {name} (UUID: GPU-{i})"\n' for i, name in enumerate(gpus))
+        queried = ''.join(f'echo "{name}, 580.0, 15360 MiB, 70.00 W, 3"\n' for name in gpus)
+        tool.write_text(f'#!/bin/sh\ncase "$1" in --query*) : \n{queried};; *) : \n{listed};; esac\n')
         tool.chmod(0o755)
 
     @property

@@ -74,7 +74,8 @@ def show(
     typer.echo(show_row(prompter, df.iloc[row - 1], swapped))
 
 # %% ../../../nbs/8_console/06_commands.ipynb #23a0b600
-_RESULTS = {'train': 'run', 'infer': 'predictions', 'blend': '.'}   # where a kernel puts its results unless told
+# where a kernel puts its results unless told
+_RESULTS = {'train': 'run', 'infer': 'predictions', 'blend': '.', 'probe': 'probe'}
 
 def run(
     kernel: argument(str, 'train, infer, blend, or the path of a notebook'),
@@ -98,7 +99,8 @@ def run(
 
 # %% ../../../nbs/8_console/06_commands.ipynb #d63ec256
 def doctor(
-    target: argument(str, 'run folder, kernel (train, infer, blend) or notebook; nothing: the machine alone') = '',
+    target: argument(str, 'run folder, kernel (train, infer, blend), notebook, or the probe.json of a machine; '
+                          'nothing: this machine alone') = '',
     param: option(list[str] | None, 'key=value for a kernel, may be repeated', '-p', '--param') = None,
     gpus: option(int, 'how many GPUs there must be') = 0,
     out: option(Path, 'where results will be written') = Path('.'),
@@ -107,9 +109,13 @@ def doctor(
 
     The machine: packages, GPUs, dtype, disk, memory, imports without the internet.
     A run folder: is it whole, do template and base model fit, does inference give the losses of training.
-    A kernel: are its inputs there, are its parameters known."""
+    A kernel: are its inputs there, are its parameters known.
+    A probe.json: what `underdog probe` found, and which of its parts failed."""
     from underdog.console.doctor import environment, gate
     from underdog.console.run_doctor import kernel_checks, run_checks
+    if Path(target).suffix == '.json':
+        from underdog.console.findings import probe_checks
+        return gate(probe_checks(target))
     # the machine first: without it nothing else can be looked at
     checks = environment(out, gpus or None, offline=True)
     if (Path(target)/'config.json').is_file(): checks += run_checks(target)

@@ -15,6 +15,7 @@ from rich.markup import escape
 from ..core import UserError
 from .commands import LOCAL
 from .planning import AHEAD
+from .probe import probe
 from .remote import ON_KAGGLE
 from .tables import option
 
@@ -28,7 +29,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode='
                   pretty_exceptions_enable=False)
 for command in LOCAL: app.command()(command)
 for command in AHEAD: app.command(rich_help_panel='Before the hours are spent')(command)
-for command in ON_KAGGLE: app.command(rich_help_panel='On Kaggle')(command)
+for command in (*ON_KAGGLE, probe): app.command(rich_help_panel='On Kaggle')(command)
 
 # %% ../../../nbs/8_console/09_main.ipynb #41e51ab1
 def _version(value: bool):

@@ -35,6 +35,7 @@ def plan(
     test_rows: option(int, 'of the scored run') = 25000,
     efficiency: EFFICIENCY = .55,
     accelerators: option(Path | None, 'your own table of accelerators') = None,
+    calibrated: option(Path | None, 'probe.json of `underdog probe`: plan for that machine, as it was measured') = None,
     calibrate: option(bool, 'time a few real steps on this machine instead; wants a model folder and a csv',
                       '--calibrate') = False,
     json_: option(bool, 'one line of JSON instead of the table', '--json') = False,
@@ -50,10 +51,12 @@ def plan(
     from underdog.search.shapes import accelerator, model_shape
     recipe = Recipe(head=head, max_length=max_length, rank=rank, quantization=quantization, epochs=epochs)
     if calibrate: return _print_calibration(_calibrated(model, file, recipe), json_)
+    # a machine from a table, or one that was measured
+    shape, card, measured = model_shape(model), accelerator(on, accelerators), []
+    if calibrated: card, efficiency, measured = _measured(calibrated, efficiency)
     # the arithmetic, and its lines
-    shape, card = model_shape(model), accelerator(on, accelerators)
     lengths = _lengths(file, model)[:rows or None]
-    lines = make_plan(shape, card, recipe, lengths, test_rows=test_rows, efficiency=efficiency)
+    lines = make_plan(shape, card, recipe, lengths, test_rows=test_rows, efficiency=efficiency) + measured
     if json_:
         return typer.echo(json.dumps(dict(model=shape.name, accelerator=card.name, lines=[asdict(x) for x in lines])))
     _print_plan(f'{shape.name} on {card.name}, {head} head, {quantization}', lines)
@@ -66,6 +69,13 @@ def _lengths(file, model):
     tokenizers = ('tokenizer.json', 'tokenizer.model', 'vocab.txt')
     own = Path(model).is_dir() and any((Path(model)/name).is_file() for name in tokenizers)
     return csv_lengths(file, model if own else None)
+
+def _measured(path, efficiency):
+    "(card, efficiency, lines) of a probe.json; `efficiency` stands in where nothing was rehearsed."
+    from underdog.search.measured import read_measured
+    measured = read_measured(path)
+    if measured.efficiency is None: typer.echo(f'{path}: nothing was rehearsed, efficiency {efficiency:g} is assumed')
+    return measured.accelerator, measured.efficiency or efficiency, list(measured.lines)
 
 def _print_plan(title, lines):
     # two decimals for small fractions, none for what is large or a count

@@ -54,7 +54,8 @@ def bundle(
     slug: option(str, 'dataset that becomes of the folder') = '',
     model: option(str, 'send the folder to Kaggle Models instead: owner/model/framework/variation') = '',
     wheels: option(bool, 'send the wheels that the image lacks, too') = True,
-    image: option(str, "for which image: current, or next (Colab's of today, which Kaggle's will follow)") = 'current',
+    image: option(str, "for which image: current, next (Colab's of today, which Kaggle's will follow), or that in a "
+                       "file: a list, or the probe.json of `underdog probe`") = 'current',
     dry_run: option(bool, 'build and try everything, send nothing', '--dry-run') = False,
     public: PUBLIC = 0,
     poll: POLL = 15.,

@@ -68,7 +68,8 @@ _NO_CAUSE = ('PapermillExecutionError', 'DeprecationWarning', 'FutureWarning', '
 def progress_of(lines):
     "The newest that the run says of its progress: a bar or a line about a step; '' if nothing."
     for line in reversed(lines):
-        bar = _BAR.search(line)
+        # the pattern takes for ever on a line of ten thousand spaces, such as a wide table
+        bar = '%|' in line and _BAR.search(line[-1000:])
         if bar:
             what, time = bar['what'].strip() or 'at', bar['time'].split(',')[0]
             return f"{what} {bar['at']} of {bar['of']} ({bar['share']} %, {time})"

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name, parse_wheel_filename
 from packaging.version import Version
 
-from ..core import UserError, nearest
+from ..core import UserError, nearest, read_record
 
 # %% ../../../nbs/7_kaggle/03_wheels.ipynb #d1f620af
 @dataclass(frozen=True)
@@ -51,16 +51,26 @@ class KaggleImage:
 _RECORDS = dict(current='image.txt', next='image_next.txt')
 
 def kaggle_image(which='current'):
-    "The recorded `KaggleImage`: the current one, the next (as Colab has it already), or that in a file."
+    """The recorded `KaggleImage`: the current one, the next (as Colab has it already), or that in a file.
+
+    A file is a list as image.txt, or the probe.json of a machine that was looked at."""
     import underdog
     path = Path(underdog.__file__).parent/'kaggle'/_RECORDS[which] if which in _RECORDS else Path(which)
     if not path.is_file(): raise UserError(f'{which}: no record of an image; {nearest(which, _RECORDS)}')
+    if path.suffix == '.json': return _probed_image(path)
     text = path.read_text()
     header = dict(re.findall(r'^# (python|platforms|recorded): (.*)$', text, re.M))
     lines = [line.split('#')[0].strip() for line in text.splitlines()]
     requirements = [Requirement(line) for line in lines if line]
     packages = {canonicalize_name(r.name): _recorded_version(r.specifier) for r in requirements}
     return KaggleImage(header['python'], tuple(header['platforms'].split()), packages, header['recorded'])
+
+def _probed_image(path):
+    "The image that a probe.json was made in."
+    probe = read_record(path, parts=dict)
+    seen = probe['parts'].get('packages', {})
+    if 'packages' not in seen: raise UserError(f'{path}: it does not say what the image holds; probe the machine again')
+    return KaggleImage(seen['python'], kaggle_image().platforms, seen['packages'], probe.get('made', ''))
 
 def _recorded_version(specifier):
     "The version of name==version, else the specifier as it stands."

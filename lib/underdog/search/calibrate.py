@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import coerce, read_json, write_json
+from ..core import UserError, coerce, read_json, write_json
 from ..machine import peak_memory_gb, quiet, seed_everything
 from ..session import SessionConfig
 from ..process import launch, raise_failed, run_worker
@@ -44,38 +44,62 @@ class Calibration:
     seconds: float                   # of the whole loop, with its evaluations
     memory_gb: float                 # at the peak
     timed_steps: int
+    timed_s: float
+    timed_tokens: float
+    rows: int                        # in the timed steps
+    not_finite: int                  # of them
+    processes: int
+    batch_tokens: int                # of a forward pass, as memory allowed
+    recomputed: int                  # layers computed twice
 
 def _calibration_file(run): return run.path/'calibration.json'
 
-def _measure(run, steps=8):
-    "Time some steps of the prepared `run` in this process, and write what follows."
+def _timed_steps(training, numbers, seconds):
+    "Figures of the steps with these `numbers` in the plan, of as many as `seconds` allow; of one at least."
+    figures, end = [], time.monotonic() + seconds
+    for i in numbers:
+        if training.agree(figures and time.monotonic() > end): break
+        figures.append(training.make_step(int(i) + 1, training.plan[i]))
+    return figures
+
+def _measure(run, steps=8, seconds=math.inf):
+    "Time some steps of the prepared `run` in this process, for some `seconds`, and write what follows."
     quiet()
     config = run.config
     cfg, accelerator = coerce(TrainConfig, config['train']), accelerator_for(config)
     seed_everything(cfg.seed)
     training, _ = start(run, cfg, accelerator)
     rehearse(training)   # the longest batch: memory, and everything is warm
-    # some steps of all sizes
+    # some steps of all sizes, in random order, as time may end them
     tokens = np.array([training.data.source.lengths[rows].sum() for rows in training.plan], float)
-    timed = _spread(tokens, steps)
-    figures = [training.make_step(int(i) + 1, training.plan[i]) for i in timed]
-    computed = sum(f['tokens'] for f in figures)
-    speed = computed/sum(f['seconds'] for f in figures)
+    timed = np.random.default_rng(cfg.seed).permutation(_spread(tokens, steps))
+    figures = _timed_steps(training, timed, seconds)
+    timed = timed[:len(figures)]
+    computed, timed_s, rows, lost = (sum(f[k] for f in figures) for k in ('tokens', 'seconds', 'rows', 'not_finite'))
+    speed = computed/timed_s
     # the held-out rows
     held_speed = _evaluation_speed(training, accelerator)
     held_tokens = sum(training.evaluation_tokens(step) for step in training.evaluations)
     # all of it
     per_token = computed/max(1, sum(tokens[i] for i in timed))   # both orders cost more than their rows
-    seconds = tokens.sum()*per_token/speed + held_tokens/held_speed
+    whole = tokens.sum()*per_token/speed + held_tokens/held_speed
+    if not accelerator.is_main_process: return
     write_json(_calibration_file(run), asdict(Calibration(
         tokens_per_s=speed,
         evaluation_tokens_per_s=held_speed if math.isfinite(held_speed) else 0.,
         steps=len(tokens),
         tokens=float(tokens.sum()*per_token),
         evaluations=len(training.evaluations),
-        seconds=seconds,
+        seconds=whole,
         memory_gb=peak_memory_gb(),
-        timed_steps=len(figures))))
+        timed_steps=len(figures),
+        timed_s=timed_s,
+        timed_tokens=computed,
+        rows=rows,
+        not_finite=lost,
+        processes=training.world,
+        batch_tokens=training.at.budget,
+        recomputed=training.memory.layers)))
 
 def _evaluation_speed(training, accelerator):
     "Tokens per second of an evaluation, from 64 of its rows; infinity where none are held out."
@@ -90,19 +114,23 @@ def _evaluation_speed(training, accelerator):
     return tokens[sample].sum()/(time.monotonic() - began)
 
 # %% ../../../nbs/6_search/05_calibrate.ipynb #15978a7d
-def calibrate(train_csv, model, prompt=PromptConfig(), cfg=TrainConfig(), competition='', steps=8):
-    """The `Calibration` of a training on this machine, in one process, from `steps` real steps.
+def calibrate(train_csv, model, prompt=PromptConfig(), cfg=TrainConfig(), competition='', steps=8, seconds=math.inf,
+              session=SessionConfig(processes=1, time_limit=0.), log_file=None):
+    """The `Calibration` of a training on this machine from `steps` real steps, or fewer when `seconds` have passed.
 
-    It takes as long as the start of the training, and keeps nothing but the caches."""
+    It takes as long as the start of the training, and keeps nothing but the caches. `session`: its `processes`, and
+    `time_limit` after which it is ended. What it says is added to `log_file`."""
     with tempfile.TemporaryDirectory() as folder:
         described = describe(train_csv, model, prompt, cfg, competition=competition)
         run = prepare(Path(folder)/'run', described)
-        log_file = run.path/'calibrate.log'
-        code, tail = launch('underdog.search.calibrate', [run.path, steps], log_file, SessionConfig(processes=1))
+        args, end = [run.path, steps, seconds], session.clock.end
+        log_file = log_file or run.path/'calibrate.log'
+        code, tail = launch('underdog.search.calibrate', args, log_file, session, end=end)
+        if code and time.monotonic() > end: raise UserError(f'not done within {session.time_limit:g} hours')
         raise_failed('calibration', code, tail)
         return Calibration(**read_json(_calibration_file(run)))
 
 # %% ../../../nbs/6_search/05_calibrate.ipynb #d8d49bff
 #| eval: false
-if __name__ == '__main__' and '__file__' in globals():   # RUN STEPS
-    run_worker(_measure, RunFolder(Path(sys.argv[1])), int(sys.argv[2]))
+if __name__ == '__main__' and '__file__' in globals():   # RUN STEPS SECONDS
+    run_worker(_measure, RunFolder(Path(sys.argv[1])), int(sys.argv[2]), float(sys.argv[3]))
