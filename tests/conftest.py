@@ -28,7 +28,7 @@ _spec.loader.exec_module(importlib.util.module_from_spec(_spec))
 
 slow = pytest.mark.skipif(
     not os.environ.get('UNDERDOG_SLOW'),
-    reason='most of a minute of starting processes; its parts are tested by others; UNDERDOG_SLOW=1 runs it')
+    reason='up to a minute of starting processes; its parts are tested by others; UNDERDOG_SLOW=1 runs it')
 
 
 @pytest.fixture(scope='session')

@@ -204,6 +204,7 @@ def test_sigterm_pauses_and_sigkill_loses_only_what_was_not_saved(world, uninter
     assert 'this run is finished' in again.communicate(timeout=120)[0] and again.returncode == 0
 
 
+@slow
 def test_an_orphan_saves_and_ends_and_only_then_another_may_start(world, uninterrupted, tmp_path):
     "The parent alone is killed: its worker notices, saves and ends; until then the folder is refused to others."
     run = tmp_path/'run'

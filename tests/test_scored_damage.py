@@ -19,7 +19,7 @@ from underdog.inference import scored
 from underdog.inference.settings import InferConfig
 
 TEXTS = ['prompt', 'response_a', 'response_b']
-SOME = settings(max_examples=40, deadline=None,
+SOME = settings(max_examples=25, deadline=None,
                 suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 
 

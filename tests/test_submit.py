@@ -166,6 +166,7 @@ def test_runs_of_different_data_are_not_blended(finished, joint, tmp_path):
 
 
 # ---- the whole
+@slow
 def test_with_time_enough_it_is_what_infer_gives_with_the_blend(world, finished, tmp_path):
     "A generous limit gives the predictions of no limit, blended by the held-out rows; the files are whole."
     alone, out = predictions(finished.path, world/'test.csv', tmp_path/'alone'), tmp_path/'out'
@@ -187,6 +188,7 @@ def test_no_time_at_all_is_the_floors(world, finished, joint, tmp_path):
     assert check_submission(tmp_path/'out'/'submission.csv', LMSYS, world/'sample_submission.csv') == 20
 
 
+@slow
 def test_a_model_that_fails_costs_its_rows_only_the_fallback(world, finished, joint, tmp_path, capsys, monkeypatch):
     "One of two heads is broken: the other answers, the log names it. Alone it is an error, but not in a scored run."
     broken = tmp_path/'broken'

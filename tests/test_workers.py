@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import slow
 import torch
 from fixtures import predictions
 from hypothesis import given
@@ -78,7 +79,7 @@ def poison(device):
     return compute
 
 
-@pytest.mark.parametrize('devices', [['cpu'], ['cpu', 'cpu']])
+@pytest.mark.parametrize('devices', [pytest.param(['cpu'], marks=slow), ['cpu', 'cpu']])
 def test_a_part_that_kills_costs_itself_only(devices):
     results = {}
     with Workers(poison, devices) as workers: assert workers.run(list(range(20)), results.__setitem__, quiet) == [7]
@@ -110,7 +111,7 @@ def test_a_deadline_is_kept_by_slow_and_by_hanging_workers(parts, least):
     assert gone(workers)
 
 
-@pytest.mark.parametrize('devices', [['good', 'bad'], ['bad', 'good', 'broken']])
+@pytest.mark.parametrize('devices', [pytest.param(['good', 'bad'], marks=slow), ['bad', 'good', 'broken']])
 def test_a_dead_worker_loses_nothing(devices, tmp_path):
     results, messages = {}, []
     def note(text, **_): messages.append(text)
