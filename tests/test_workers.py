@@ -86,7 +86,7 @@ def test_a_part_that_kills_costs_itself_only(devices):
     assert results == {i: i*i for i in range(20) if i != 7}
 
 
-def slow(device):
+def slowing(device):
     "A worker's start: twenty milliseconds a part at first, ten times that from the tenth on; forever at 99."
     count = []
 
@@ -102,7 +102,7 @@ def slow(device):
 def test_a_deadline_is_kept_by_slow_and_by_hanging_workers(parts, least):
     "What is done is done once and in order of the parts; a worker that hangs is killed at the deadline."
     results = {}
-    with Workers(slow, ['cpu', 'cpu']) as workers:
+    with Workers(slowing, ['cpu', 'cpu']) as workers:
         workers.wait_until_ready()
         end = time.monotonic() + 1.5
         assert workers.run(parts, results.__setitem__, quiet, costs=[1]*len(parts), end=end) == []
