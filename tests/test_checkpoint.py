@@ -6,7 +6,7 @@ import subprocess
 import pytest
 import torch
 
-from underdog.core import UserError, remove_temporaries
+from underdog.core import UserError, file_hash, remove_temporaries, write_json
 from underdog.training.checkpoint import Checkpoints
 
 
@@ -34,6 +34,19 @@ def test_a_flipped_bit_or_a_lost_end_is_found_wherever_it_is(tmp_path, capsys, p
     assert kept.load()['step'] == 2
     file.with_suffix('.json').write_text('{"step": 2')
     assert kept.load()['step'] == 1
+
+
+class Program:
+    def __reduce__(self): return os.mkdir, ('it_ran',)
+
+
+def test_a_program_in_a_checkpoint_does_not_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    kept = states(tmp_path, 1, 2)
+    torch.save(dict(step=2, w=Program()), kept._file(2))
+    write_json(kept._file(2).with_suffix('.json'), dict(step=2, sha256=file_hash(kept._file(2))))
+    assert kept.load()['step'] == 1 and 'broken' in capsys.readouterr().out
+    assert not (tmp_path/'it_ran').exists()
 
 
 def full_disk(fails, save):
