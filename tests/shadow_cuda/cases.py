@@ -87,6 +87,7 @@ def make_rows(n=16):
 def placed(case):
     "Loads put weights in 4 bits on the CPU first, and embeddings where `case` wants them."
     load = backbone.load_backbone
+    # quantizing on a device is not what these devices can do
     def load_in_4_bits(cfg, device):
         if device == 'cpu': return load(cfg, device)
         loaded, device = load(replace(cfg, dtype='float16'), 'cpu'), backbone._known_device(device)
@@ -226,6 +227,8 @@ def mixed():
             'product with the host': lambda: first @ host,
             'in place': lambda: first.add_(host),
             'concatenation': lambda: torch.cat([first, host]),
+            'indices of another device': lambda: first[torch.tensor([0], device=PREDICT)],
+            'indices of a device into the host': lambda: host[torch.tensor([0], device=TRAIN)],
             'rows by indices of another device': lambda: first.index_select(0, torch.tensor([0], device=PREDICT)),
             'embedding on the host': lambda: torch.nn.functional.embedding(torch.tensor([0], device=TRAIN), host),
         }

@@ -126,6 +126,9 @@ _VIEWS = {f'aten.{name}' for name in '''view _unsafe_view reshape expand permute
     mT'''.split()}
 
 
+_INDEXING = {'aten.index', 'aten.index_put', 'aten.index_put_', 'aten._index_put_impl_', 'aten._unsafe_index'}
+
+
 def _count_indices(name, args):
     "Indices of the host travel; a mask has to be counted by the device before the host knows the size of the result."
     for index in args[1]:
@@ -142,13 +145,12 @@ def _check_devices(name, tensors):
 
 
 def _dispatch(func, args, kwargs):
-    full = str(func)
-    name = full.rsplit('.', 1)[0]
+    name = str(func).rsplit('.', 1)[0]
     if func is aten._to_copy.default: return _copy(name, args, kwargs)
     if func is aten.copy_.default: return _copy_into(name, args)
     tensors = [*_tensors(*args, *kwargs.values())]
-    indexing = name.startswith(('aten.index.', 'aten.index_put', 'aten._index_put')) or name == 'aten.index'
-    if indexing: tensors = [args[0], *args[2:3]]
+    indexing = name in _INDEXING
+    if indexing: tensors = [args[0], *args[2:3], *(x for x in _tensors(args[1]) if x.device.type == 'cuda')]
     _check_devices(name, tensors)
     # where the result lives: where it was asked for, else where the arguments are
     asked, present = kwargs.get('device'), [x.device for x in tensors if x.device.type == 'cuda']
