@@ -20,14 +20,14 @@ from test_packing import prompter
 import datasets
 from underdog.machine import quiet
 from underdog.model import backbone, model, planner
-from underdog.model.backbone import weight_files
+from underdog.model.folder import weight_files
 from underdog.model.lora import without_lora
 from underdog.model.memory import blocks, recompute_only
 from underdog.model.model import adapter_parameters, head_parameters, load_model
-from underdog.model.predict import orders_of, predict_logits
+from underdog.model.predict import predict_logits
 from underdog.model.selftest import Choice
 from underdog.model.settings import ModelConfig
-from underdog.text.heads import HEADS
+from underdog.text.heads import HEADS, orders_of
 from underdog.text.source import RowSource
 from underdog.training.budget import plan_memory
 from underdog.training.loop import rehearse
