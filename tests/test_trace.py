@@ -124,10 +124,11 @@ def traced_peak(shape, recipe, tokens, recomputed, on_card=True):
         model.train()
         tally.peak = tally.alive
         with torch.autocast('cpu', torch.float16):
-            states = model(input_ids=batch.input_ids, position_ids=batch.position_ids, plan=batch.plan).last_hidden_state
+            output = model(input_ids=batch.input_ids, position_ids=batch.position_ids, plan=batch.plan)
+        states = output.last_hidden_state
         states.float().square().sum().backward()
         peak = tally.peak
-        del states, model, moments
+        del output, states, model, moments
     return peak
 
 
@@ -147,7 +148,7 @@ def test_a_full_size_step_takes_what_the_plan_says(name, rank):
     assert tokens > .9*fit.batch_tokens
     parts = planned(shape, recipe, tokens, fit.recomputed)
     peak = traced_peak(shape, recipe, tokens, fit.recomputed, on_card=parts['embedding'] > 0)
-    assert sum(parts.values())/peak == pytest.approx(1, abs=.1)
+    assert sum(parts.values())/peak == pytest.approx(1, abs=.05)
     assert peak < setup.accelerator.memory_gib*GIB, 'it fits'
 
 
