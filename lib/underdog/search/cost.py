@@ -124,10 +124,11 @@ def memory(setup, batch_tokens, recomputed, longest, size=2):
     shape, recipe, trained = setup.shape, setup.recipe, setup.trained
     layers, embedding = weight_bytes(shape, recipe, setup.accelerator.memory_gib*GIB, size)
     adapter = shape.adapter(recipe.rank, trained)
-    # a layer that is computed twice keeps what enters it; while it is computed again, one such layer is whole
+    # a layer that is computed twice keeps what enters it; it is whole once the layers above it are gone, as the lowest
+    # ones are computed twice, so it counts where nothing else is kept
     kept = batch_tokens*kept_bytes(shape, recipe.rank, longest, size)
     entering = batch_tokens*shape.hidden*size
-    activations = (trained - recomputed)*kept + recomputed*entering + (kept if recomputed else 0)
+    activations = max(trained - recomputed, 1)*kept + recomputed*entering
     # the largest matrix unpacked, and one MLP in 32 bits
     unpacked = max(i*o for i, o in shape.matrices)*size if recipe.quantization != 'none' else 0
     return dict(
