@@ -73,7 +73,8 @@ def _serve(connection, start, device, threads):
     "Life of a worker: load, say so, compute the (number, part) that come until None comes."
     import torch
     torch.set_num_threads(threads)
-    end_with(multiprocessing.parent_process().pid)   # whatever it is at: nobody waits for the answer
+    # whatever it is at when its parent dies: nobody waits for the answer
+    if parent := multiprocessing.parent_process(): end_with(parent.pid)
     try:
         if device.startswith('cuda'): torch.cuda.set_device(device)   # Triton launches on device 0 otherwise
         compute = start(device)
