@@ -44,8 +44,9 @@ check: sync
 	@echo '== imports =='
 	@cd lib && find underdog -name '*.py' ! -name '_*' | sed 's|/|.|g;s|\.py$$||' | xargs -P 2 -I{} ../$(PY) -c 'import {}' && echo 'every module imports'
 	@echo '== ruff: names that are unused or unknown, lines over 120 columns =='
+	@# the width of the library's lines is held by tests/test_house.py, which knows those that nbdev writes
 	.venv/bin/ruff check -q --select E501,F401,F811,F821,F841 --line-length 120 lib tests benchmarks \
-		--per-file-ignores 'lib/underdog/_modidx.py:E501'
+		--per-file-ignores 'lib/**/*.py:E501'
 
 test: check
 	@echo '== notebooks =='

@@ -5,13 +5,11 @@
 """
 import hashlib
 import os
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from textwrap import fill
 
 import nbformat
 
@@ -35,23 +33,12 @@ def readme(root):
     (root/'README.md').write_text('\n\n'.join(blocks) + '\n', encoding='utf-8')
 
 
-def wrap_names(file):
-    "Break the first line of `__all__`, which nbdev makes up to 131 columns long, at 120."
-    text = file.read_text(encoding='utf-8')
-    names = re.search(r'^__all__ = \[[^]]*\]', text, re.M)
-    if not names: return
-    words = ' '.join(names[0].split())
-    wrapped = fill(words, width=120, subsequent_indent=' '*11, break_long_words=False, break_on_hyphens=False)
-    if wrapped != names[0]: file.write_text(text.replace(names[0], wrapped, 1), encoding='utf-8')
-
-
 def export(root):
     "Clean the notebooks, export the library and write the README of the checkout at `root`."
     env = dict(os.environ, PYTHONPATH=str(root/'lib'))
     for name in ('nbdev_clean', 'nbdev_export'):
         program = Path(sys.executable).with_name(name)
         subprocess.run([program], cwd=root, check=True, env=env, stdout=subprocess.DEVNULL)
-    for file in (root/'lib').rglob('*.py'): wrap_names(file)
     readme(root)
 
 
