@@ -127,7 +127,8 @@ def test_a_hidden_file_without_its_header_leaves_the_sample_with_the_prior(
 
 
 # ---- the sample
-@pytest.mark.parametrize('change', ['more', 'less', 'floats', 'twice', 'turned', 'garbage', 'gone', 'columns', 'empty'])
+@pytest.mark.parametrize('change', [
+    'more', 'less', 'floats', 'twice', 'turned', 'garbage', 'gone', 'columns', 'empty', 'commas'])
 def test_a_damaged_sample_still_says_which_ids_are_wanted(world, finished, in_a_scored_run, tmp_path, change):
     files = Files.copied(world, tmp_path/'files')
     table = pd.read_csv(files.sample, dtype=str)
@@ -137,9 +138,23 @@ def test_a_damaged_sample_still_says_which_ids_are_wanted(world, finished, in_a_
                   twice=pd.concat([table, table[:2]]), turned=table[::-1], columns=table[['id']], empty=table[:0])
     if change in tables: tables[change].to_csv(files.sample, index=False)
     elif change == 'gone': files.sample.unlink()
+    elif change == 'commas':
+        files.sample.write_text(files.sample.read_text().replace('\n', ',\n').replace(',\n', '\n', 1))
     else: files.sample.write_bytes(b'\x89PNG\r\n\0\xff')
     wanted = list(dict.fromkeys(tables[change]['id'])) if change in tables and change != 'empty' else of_the_test
     assert files.submit(finished.path) == wanted
+
+
+def test_what_stands_is_kept_where_a_later_step_fails(world, finished, in_a_scored_run, tmp_path, monkeypatch):
+    "Without a sample, and with ids spelled as numbers with a point: the answers of the baselines are not overwritten."
+    files = Files.copied(world, tmp_path/'files')
+    files.sample.unlink()
+    table = pd.read_csv(files.test, dtype=str)
+    table.assign(id=table['id'] + '.0').to_csv(files.test, index=False)
+    def full(*args, **kwargs): raise OSError('the disk is full')
+    monkeypatch.setattr(scored, '_hand_over', full)
+    files.submit(finished.path, sample=False)
+    assert pd.read_csv(files.folder/'out'/'submission.csv').iloc[:, 1].nunique() > 3
 
 
 def test_a_sample_beside_the_test_file_is_found(world, finished, in_a_scored_run, tmp_path):

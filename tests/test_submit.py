@@ -163,6 +163,13 @@ def test_runs_of_different_data_are_not_blended(finished, joint, tmp_path):
     config = joint.config
     write_json(other/'config.json', config | dict(data=config['data'] | dict(hash='of other rows')))
     with pytest.raises(UserError, match='trained on different data'): gather_oof([finished, RunFolder.open(other)])
+    # the same texts with another label
+    write_json(other/'config.json', config)
+    table = pd.read_parquet(other/'oof.parquet')
+    table.loc[3, ['y_a', 'y_b', 'y_tie']] = 1 - table.loc[0:0, ['y_a', 'y_b', 'y_tie']].to_numpy()[0]
+    table.to_parquet(other/'oof.parquet')
+    with pytest.raises(UserError, match='1 held-out rows .* other labels'):
+        gather_oof([finished, RunFolder.open(other)])
 
 
 # ---- the whole

@@ -103,6 +103,7 @@ def mend_cells(path):
     """DataFrame of the cells of a csv file that `read_cells` refuses, as far as they can be made out.
 
     `UserError` where there is not even a header."""
+    csv.field_size_limit(2**31 - 1)
     raw = path.read_bytes()
     text = raw.decode('utf-16' if raw[:2] in (b'\xff\xfe', b'\xfe\xff') else 'utf-8-sig', 'replace')
     header, *rows = _legible(csv.reader(io.StringIO(text, newline=''))) or [[]]

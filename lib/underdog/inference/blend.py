@@ -142,11 +142,21 @@ def gather_oof(runs):
         models[name] = [run.path for run in folds]
         rows = _read_oof(folds, name, comp)
         own = columns(name, comp) + columns(f'one_{name}', comp)
+        if table is not None: _check_labels(table, rows, columns('y', comp), name)
         table = rows if table is None else table.merge(rows[['id', *own]], on='id')
         if not len(table):
             raise UserError('the runs have no held-out rows in common; '
                             f'use the same data, n_folds, fold and seed for {", ".join(models)}')
     return HeldOut(table.reset_index(drop=True), models, comp)
+
+def _check_labels(table, rows, names, model):
+    "`UserError` where `rows` of the `model` have other labels, the columns `names`, than the same rows of `table`."
+    one, other = (t.set_index('id')[names] for t in (table, rows))
+    shared = one.index.intersection(other.index)
+    differ = (one.loc[shared].to_numpy() != other.loc[shared].to_numpy()).any(1)
+    if differ.any():
+        raise UserError(f'{model}: {differ.sum()} held-out rows (id {shared[differ][0]} first) have other labels than '
+                        'in the other runs; train all of them on one file')
 
 def _read_oof(folds, name, comp):
     "The held-out rows of the runs `folds` of one model, whose columns p_* and one_* get its `name`."

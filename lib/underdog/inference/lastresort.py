@@ -16,8 +16,7 @@ from ..core import UserError, first_line
 from ..machine import resolve_input, scored_run
 from ..runfolder import RunFolder
 from ..data.competition import LLM_FINETUNING, WSDM, get_competition
-from ..data.csvfile import mend_cells
-from ..data.submission import wanted_ids, write_submission
+from ..data.submission import id_key, wanted_ids, write_submission
 
 # %% ../../../nbs/5_inference/06a_lastresort.ipynb #35372366
 @contextmanager
@@ -39,22 +38,15 @@ def submit_prior(runs, test_csv, submission, sample=''):
     """The submission file `submission` as a DataFrame: what stands there, or the class prior of the `runs` (paths).
 
     `UserError` where neither the `sample` nor `test_csv` tells an id."""
-    ids = (wanted_ids(sample) if sample else None) or _ids_of(test_csv)
+    ids = (wanted_ids(sample) if sample else []) or wanted_ids(test_csv)
     if not ids:
         raise UserError(f'{test_csv}: neither it nor {sample or "a sample"} tells the ids of a submission; attach '
                         'the files of the competition')
     comp, prior = _prior_of(runs, sample)
-    standing = wanted_ids(submission) if Path(submission).is_file() else None
-    if standing == ids: return pd.read_csv(submission)
+    if Path(submission).is_file() and [*map(id_key, wanted_ids(submission))] == [*map(id_key, ids)]:
+        return pd.read_csv(submission)
     print(f'warning: all {len(ids):,} rows get the class prior', flush=True)
     return write_submission(submission, ids, np.tile(prior, (len(ids), 1)), comp)
-
-def _ids_of(test_csv):
-    "The ids of a test file, of whatever can be read of it."
-    try: cells = mend_cells(resolve_input(test_csv))
-    except (UserError, OSError): return None
-    column = next((name for name in cells if name.lower() == 'id'), None)
-    return None if column is None else list(dict.fromkeys(cells[column]))
 
 def _prior_of(runs, sample):
     "(competition, class prior) of the first run that tells them; else what the sample's columns ask, in equal shares."
