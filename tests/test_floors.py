@@ -11,7 +11,8 @@ from scipy.sparse import vstack
 from underdog.core import UserError
 from underdog.data.competition import LMSYS, WSDM
 from underdog.data.counts import HASHED, count_rows, count_words, features
-from underdog.data.floors import FLOORS, Floors, _Units, best_floor, fit_floors, cross_predict
+from underdog.data.designs import Units
+from underdog.data.floors import FLOORS, Floors, best_floor, fit_floors, cross_predict
 from underdog.data.folds import labels_of, make_folds, swap_probs, swap_rows
 from underdog.data.logistic import Dense, fit_logistic
 from underdog.data.metrics import softmax
@@ -177,8 +178,8 @@ def test_half_the_rows_give_what_scikit_learn_finds_with_all(kind):
 def test_the_words_of_a_design_are_tfidf_vectors(rows):
     from sklearn.feature_extraction.text import TfidfTransformer
     counts = count_rows(rows)
-    units = _Units.of([counts.span(0, 50), counts.span(50, len(rows))])
-    design = units.designs([counts.span(0, 50), counts.span(50, len(rows))])['tfidf']
+    units = Units.of([counts.span(0, 50), counts.span(50, len(rows))])
+    design = units.design('tfidf', [counts.span(0, 50), counts.span(50, len(rows))])
     a, b = (count_words(['\n'.join(turns) for turns in rows[c]]).astype(float) for c in TEXTS[1:])
     # scikit-learn's weights are ours where at least two answers hold a word
     tfidf = TfidfTransformer(sublinear_tf=True).fit(vstack([a, b]))

@@ -39,20 +39,22 @@ def floors(
     file: CSV,
     folds: option(int, 'prompt-grouped folds') = 5,
     competition: COMPETITION = '',
+    json_: option(bool, 'end with a line of JSON: {"baselines": {name: loss}}', '--json') = False,
 ):
-    "Out-of-fold log loss of the baselines (class prior, lengths and formats, TF-IDF): what a model must beat."
+    "Out-of-fold log loss of all baselines, from the class prior to a stack of regressions and trees: what to beat."
     from underdog.data.competition import get_competition
-    from underdog.data.floors import cross_predict
+    from underdog.data.floors import BASELINES, cross_predict
     from underdog.data.folds import labels_of, make_folds, prompt_groups
     from underdog.data.metrics import score_table
     from underdog.data.rows import read_rows
     # each fold is predicted by baselines that were fitted on the others
     df, report = read_rows(file, _competition(competition), labelled=True)
     comp = get_competition(report.competition)
-    predicted = cross_predict(df, comp, make_folds(df, folds))
+    predicted = cross_predict(df, comp, make_folds(df, folds), BASELINES)
     scores = score_table(labels_of(df, comp), predicted, prompt_groups(df))
     names = ['baseline', 'log loss', '95 % from', 'to', 'accuracy']
     print_table(f'{report.file}: {len(df):,} rows, {folds} folds', names, scores.itertuples(index=False))
+    if json_: typer.echo(json.dumps({'baselines': dict(zip(scores['name'], scores['loss'].round(6)))}))
 
 # %% ../../../nbs/8_console/06_commands.ipynb #65c48822
 def show(
