@@ -93,4 +93,7 @@ def _for_trees(spans):
     "The `TreeDesign` of the rows in `spans`; a tree cuts tanh(x) where it cuts x."
     odd, even, traits, apart, level = _together(spans, *Counts.dense())
     n = (odd.shape[1] - 2)//2   # kinds of counts
-    return TreeDesign(np.hstack([odd[:, :n + 2], traits]), np.hstack([even[:, :n], apart]), np.hstack([even[:, n:], level]))
+    return TreeDesign(
+        odd=np.hstack([odd[:, :n + 2], traits]),
+        apart=np.hstack([even[:, :n], apart]),
+        level=np.hstack([even[:, n:], level]))

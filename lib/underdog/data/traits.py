@@ -18,8 +18,8 @@ _BLANKED = str.maketrans(dict.fromkeys('.,;:!?()[]{}"*#`|_<>“”', ' ') | {'�
 _LONG = 5   # letters from which on a word is taken for one that carries content
 
 # the first characters of ranges of Unicode that are as good as a script
-_RANGES = np.array([0x80, 0x250, 0x370, 0x400, 0x530, 0x600, 0x700, 0x900, 0xe00, 0x1e00, 0x2000, 0x3040, 0xac00, 0xd7b0,
-                    0x1f000])
+_RANGES = np.array([0x80, 0x250, 0x370, 0x400, 0x530, 0x600, 0x700, 0x900, 0xe00, 0x1e00, 0x2000, 0x3040, 0xac00,
+                    0xd7b0, 0x1f000])
 _ASCII = np.eye(len(_RANGES) + 1)[0]
 
 def _scripts(text):
@@ -83,8 +83,9 @@ def _ends(r, prompt):
 
 def _words(r, prompt):
     "Who speaks to whom, examples, and words that link sentences."
-    return (math.log1p(_count(r.lower, _EXAMPLES)), math.log1p(_count(r.lower, _LINKED)), math.log1p(r.lower.count(' you')),
-            math.log1p(_count(r.lower, (' i ', " i'", ' my '))),
+    counts = (_count(r.lower, _EXAMPLES), _count(r.lower, _LINKED), r.lower.count(' you'),
+              _count(r.lower, (' i ', " i'", ' my ')))
+    return (*map(math.log1p, counts),
             math.log1p(r.lower.count(' the ')) - math.log1p(len(r.words)))
 
 # %% ../../../nbs/1_data/06c_traits.ipynb #1a0a5eda

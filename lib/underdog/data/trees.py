@@ -36,7 +36,8 @@ class Forest(NamedTuple):
         for i, nodes in enumerate(trees):
             inner, at = np.flatnonzero(nodes['is_leaf'] == 0), slice(len(nodes))
             value[i, at] = nodes['value']
-            for kept, name in ((feature, 'feature_idx'), (threshold, 'num_threshold'), (left, 'left'), (right, 'right')):
+            fields = (feature, 'feature_idx'), (threshold, 'num_threshold'), (left, 'left'), (right, 'right')
+            for kept, name in fields:
                 kept[i, inner] = nodes[name][inner]
         return cls(np.ravel(grown._baseline_prediction).astype(float), feature, threshold, left, right, value)
 
