@@ -86,7 +86,7 @@ def run_demo(out, train=None, test=None, seed=0, **settings):
     run_kernel('infer', dict(run=run, test_csv=str(test), out=predictions), out)
     best = None if truth is None else _best_possible(run, truth)
     run_kernel('blend', dict(runs=run, predictions=predictions, sample_submission=sample, out=str(out),
-                             best_possible=best), out)
+                             train_csv=str(train), best_possible=best), out)
     return _scores(out, best) | dict(minutes=round((time.monotonic() - began)/60, 2))
 
 def _scores(out, best):
