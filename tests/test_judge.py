@@ -1,12 +1,18 @@
-"What a report says of a run is what its rows say: verdict, curve, faults, errors, mistakes."
+"What a report says of a run is what its rows say: verdict, curve, faults, errors, mistakes, other runs."
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
+from fixtures import small_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from underdog.console.compare import compare_runs
 from underdog.console.errors import error_table, held_texts, worst_mistakes
 from underdog.console.judge import judge, judge_curve, judge_position, judge_predictions
+from underdog.console.main import app
 from underdog.console.report import Folded, run_sections, write_report
 from underdog.core import UserError, write_json
 from underdog.data.competition import LMSYS
@@ -135,3 +141,30 @@ def test_a_run_without_held_out_rows_is_judged_by_what_it_has(finished, tmp_path
     findings = judge(run)
     assert len(findings) == 2 and 'finished after' in findings[0].text and 'never read' in findings[1].text
     assert [title for title, _ in run_sections(run, LMSYS)] == ['Verdict', 'Lengths', 'Loss', 'Settings']
+
+
+# ---- runs side by side
+
+def test_runs_are_compared_on_shared_rows_and_ties_are_said(finished, world, tmp_path):
+    other = small_run(world, tmp_path/'other', lr=1e-4)
+    compared = compare_runs([finished.path, other.path])
+    assert compared.settings['setting'].tolist() == ['train.lr'] and compared.costs['run'].tolist() == ['run', 'other']
+    table = compared.table.set_index('prediction')
+    losses = [finished.metrics()['eval_loss'].dropna().iloc[-1], other.metrics()['eval_loss'].dropna().iloc[-1]]
+    assert table.loc[['run', 'other'], 'log loss'].tolist() == pytest.approx(losses)
+    assert table['verdict'].iloc[0] == 'best' and table['behind the best'].is_monotonic_increasing
+    for _, row in table.iloc[1:].iterrows(): assert (row['verdict'] == 'worse') == (row['from'] > 0)
+    # the command says the same, in the terminal and on a page
+    answer = CliRunner().invoke(app, ['compare', str(finished.path), str(other.path), '--json',
+                                      '--out', str(tmp_path/'page.html')], catch_exceptions=False)
+    assert json.loads(answer.output.splitlines()[-1])['other']['log loss'] == pytest.approx(losses[1])
+    page = (tmp_path/'page.html').read_text()
+    assert 'train.lr' in page and page.count('data:image/png') == 1
+
+
+def test_one_run_and_runs_of_other_rows_are_refused(finished, world, tmp_path):
+    with pytest.raises(UserError, match='two runs'): compare_runs([finished.path])
+    finished.copy_to(tmp_path/'run')
+    other = finished.config['data'] | dict(hash='another')
+    write_json(tmp_path/'run'/'config.json', finished.config | dict(data=other))
+    with pytest.raises(UserError, match='different data'): compare_runs([finished.path, tmp_path/'run'])
