@@ -99,6 +99,7 @@ def test_parts_of_the_rows_add_up(finished, world):
     whole = table.loc['all']
     for kind in ('label', 'length', 'read', 'turns'):
         parts = table[table.index.str.startswith(f'{kind}:')]
+        if kind in ('read', 'turns') and not len(parts): continue   # all rows are of one kind
         assert parts['rows'].sum() == whole['rows'] == len(many)
         assert np.average(parts['model'], weights=parts['rows']) == pytest.approx(whole['model'])
         assert np.average(parts['gain'], weights=parts['rows']) == pytest.approx(whole['gain'])

@@ -56,7 +56,7 @@ def error_table(oof, comp, rows, texts=None):
     """DataFrame (part, rows, model, baseline, gain, low, high): log losses on parts of the held-out rows `oof`.
 
     `rows`: their tokens and cut, and `texts` their texts, in the same order. The baseline is the one that is best on
-    all of them; above 0, `gain` (with its 95 % interval) speaks for the model. Parts of few rows are left out."""
+    all of them; above 0, `gain` (with its 95 % interval) speaks for the model. Parts of few rows, or of all of them, are left out."""
     y, p, groups = oof[columns('y', comp)].to_numpy(float), oof[columns('p', comp)].to_numpy(), oof['group'].to_numpy()
     baselines = {name: oof[columns(f'floor_{name}', comp)].to_numpy() for name in FLOORS}
     q = baselines[best_floor(y, baselines)]
@@ -64,7 +64,7 @@ def error_table(oof, comp, rows, texts=None):
     if texts is not None: parts |= _kinds_of(texts)
     table = []
     for name, inside in parts.items():
-        if inside.sum() < _FEWEST: continue
+        if name != 'all' and (inside.sum() < _FEWEST or inside.all()): continue
         gain, low, high = paired_ci(y[inside], q[inside], p[inside], groups[inside])
         losses = (row_log_loss(y[inside], x[inside]).mean() for x in (p, q))
         table.append((name, int(inside.sum()), *losses, gain, low, high))

@@ -79,7 +79,7 @@ def plot_loss(metrics, floors=None, best=None):
     if best: ax.axhline(best, color=_COLOURS['tie'], linewidth=1.5, label=f'best possible {best:.4f}')
 
     ax.set(xlabel='optimizer step', ylabel='log loss (nats)')
-    ax.legend(frameon=False, fontsize=8, loc='upper right')
+    ax.legend(fontsize=8, loc='upper right', framealpha=.9, edgecolor='none')
     return fig
 
 def _held_out(held):
@@ -127,11 +127,17 @@ def calibration_error(y, p, bins=8):
 
 # %% ../../../nbs/8_console/03_figures.ipynb #81c8a19c
 def plot_calibration(y, p, classes=('a', 'b', 'tie')):
-    "Observed frequency over predicted probability, per class; the diagonal is perfect. `y` and `p` are (n, C)."
+    """Observed frequency over predicted probability, per class, with 95 % intervals; the diagonal is perfect.
+
+    `y` and `p` are (n, C)."""
     fig, ax = _axes(4.8, 4.2)
     ax.plot([0, 1], [0, 1], color=_COLOURS['grey'], linewidth=1)
     for c, t in calibration_table(y, p, classes).groupby('class', sort=False):
-        ax.plot(t['predicted'], t['observed'], 'o-', color=_COLOURS[c], markersize=5, label=c)
+        # two standard errors of a share, with one row more of each kind: a share of 0 among ten rows is not certain
+        share = (t['rows']*t['observed'] + 1)/(t['rows'] + 2)
+        spread = 2*np.sqrt(share*(1 - share)/(t['rows'] + 2))
+        ax.errorbar(t['predicted'], t['observed'], spread, fmt='o-', color=_COLOURS[c], markersize=5, linewidth=1,
+                    elinewidth=.8, alpha=.8, label=c)
     ax.set(xlabel='predicted probability', ylabel='share that came true', xlim=(0, 1), ylim=(0, 1),
            title=f'calibration error {calibration_error(y, p):.3f}, {len(p):,} rows')
     ax.legend(frameon=False)

@@ -36,7 +36,7 @@ def _about(run):
     bits = '' if model['quantization'] == 'none' else f" in {model['quantization']}"
     parts = [f"{PurePath(model['path']).name}{kept}{bits}, {model['head']} head, LoRA of rank {model['rank']}"]
     # its rows; its device and time
-    if 'train_rows' in data: parts.append(f"{data['train_rows']:,} rows to train on, {train['epochs']:g} epochs")
+    if 'train_rows' in data: parts.append(f"{data['train_rows']:,} rows to train on, epochs={train['epochs']:g}")
     device = config['versions'].get('gpu') or 'CPU'
     parts.append(f"{device}, {duration(status['elapsed_s'])}, {status['state']} after {status['step']:,} steps")
     return ' · '.join(parts)
@@ -54,12 +54,12 @@ def judge_curve(metrics, epochs=1.):
     # above its lowest point?
     best = int(loss.argmin())
     if loss[-1] - loss[best] > _CHANGE:
-        return [Finding(f'the held-out loss has risen by {loss[-1] - loss[best]:.4f} since step {steps[best]:,}: it '
+        return [Finding(f'The held-out loss has risen by {loss[-1] - loss[best]:.4f} since step {steps[best]:,}: it '
                         'learns its training rows by heart', 'fewer epochs, a smaller lr, or more rows')]
     if loss[-2] - loss[-1] > _CHANGE:
-        return [Finding(f'the held-out loss still fell, by {loss[-2] - loss[-1]:.4f} over the last '
+        return [Finding(f'The held-out loss still fell, by {loss[-2] - loss[-1]:.4f} over the last '
                         f'{steps[-1] - steps[-2]:,} steps', f'longer training: -p epochs={2*epochs:g}')]
-    return [Finding(f'the held-out loss has been flat since step {steps[-2]:,}')]
+    return [Finding(f'The held-out loss has been flat since step {steps[-2]:,}')]
 
 # %% ../../../nbs/8_console/03a_judge.ipynb #bd8a3f86
 _ERRORS = 2   # standard errors from which on a difference counts
@@ -76,7 +76,7 @@ def judge_predictions(y, p, classes):
     gain = row_log_loss(y, p) - row_log_loss(y, apply_temperature(p, t))
     if abs(np.log(t)) > .1 and _sure(gain):
         how = 'over-confident' if t > 1 else 'less sure than it could be'
-        findings.append(Finding(f'the model is {how}: a temperature of {t:.2f} would save {gain.mean():.4f}',
+        findings.append(Finding(f'The model is {how}: a temperature of {t:.2f} would save {gain.mean():.4f}',
                                 'fewer epochs or a smaller head_lr' if t > 1 else 'longer training'))
     # ties
     if 'tie' in classes:
@@ -92,7 +92,7 @@ def judge_position(y, one):
     bias = (one[:, 0] - one[:, 1]) - (y[:, 0] - y[:, 1])
     if abs(bias.mean()) < .02 or not _sure(bias*np.sign(bias.mean())): return []
     first = 'first' if bias.mean() > 0 else 'second'
-    return [Finding(f'in one order the {first} answer is preferred by {abs(bias.mean()):.0%} more than people do',
+    return [Finding(f'In one order the {first} answer is preferred by {abs(bias.mean()):.0%} more than people do',
                     'predict both orders (tta), or train with orders=both')]
 
 # %% ../../../nbs/8_console/03a_judge.ipynb #bcb9fb56
@@ -108,7 +108,8 @@ def judge(run):
         y, p, one = (oof[columns(prefix, comp)].to_numpy(float) for prefix in ('y', 'p', 'one'))
         margin = oof_margin(oof, comp)
         remedy = '' if margin.low > 0 else 'more rows or a stronger model; `underdog scale` tells what rows would bring'
-        findings.append(Finding(f'the model {margin} on {len(oof):,} held-out rows', remedy))
+        if remedy and config['train']['start'] == 'none': remedy = 'to start from the baselines: -p start=floors'
+        findings.append(Finding(f'The model {margin} on {len(oof):,} held-out rows', remedy))
         findings += judge_curve(run.metrics(), config['train']['epochs'])
         findings += judge_predictions(y, p, comp.classes)
         if len(HEADS[config['model']['head']].orders) > 1: findings += judge_position(y, one)

@@ -99,7 +99,7 @@ def run_figures(run, comp, best=None):
     """{title: Figure} of a run folder: lengths, the loss once it has trained, the others where rows were held out.
 
     `comp` is its competition, `best` the best possible loss where it is known."""
-    figures = {'Lengths': plot_lengths(run.rows('tokens')['tokens'])}
+    figures = {'Lengths': plot_lengths(run.rows('tokens')['tokens'], run.config['prompt']['max_length'])}
     metrics = run.metrics()
     if 'loss' in metrics: figures['Loss'] = plot_loss(metrics, _baselines(metrics), best)
     # of the rows that were held out
