@@ -1,10 +1,11 @@
 "What a report says of a run is what its rows say: verdict, curve, faults, errors, mistakes, other runs."
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
-from fixtures import small_run
+from fixtures import predictions, small_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -14,6 +15,7 @@ from underdog.console.errors import error_table, held_texts, worst_mistakes
 from underdog.console.judge import judge, judge_curve, judge_position, judge_predictions
 from underdog.console.main import app
 from underdog.console.report import Folded, run_sections, write_report
+from underdog.console.tryout import try_pair
 from underdog.core import UserError, write_json
 from underdog.data.competition import LMSYS
 from underdog.data.metrics import apply_temperature, best_margin, log_loss
@@ -169,3 +171,26 @@ def test_one_run_and_runs_of_other_rows_are_refused(finished, world, tmp_path):
     other = finished.config['data'] | dict(hash='another')
     write_json(tmp_path/'run'/'config.json', finished.config | dict(data=other))
     with pytest.raises(UserError, match='different data'): compare_runs([finished.path, tmp_path/'run'])
+
+
+# ---- one pair
+
+def test_a_pair_is_answered_as_inference_answers_it(finished, world, tmp_path):
+    test = pd.read_csv(world/'test.csv').head(1)
+    predicted = predictions(finished.path, world/'test.csv', tmp_path/'predictions').iloc[0]
+    texts = [json.loads(test[c].iloc[0]) for c in ('prompt', 'response_a', 'response_b')]
+    assert predicted['id'] == test['id'].iloc[0] and {len(turns) for turns in texts} == {1}
+    table, lines = try_pair(finished.path, *(turns[0] for turns in texts))
+    shown = table[list(LMSYS.classes)].to_numpy()
+    assert shown[0].tolist() == pytest.approx(predicted[[f'p_{c}' for c in LMSYS.classes]].tolist(), abs=1e-5)
+    # a pair head sees no order
+    assert shown[1] == pytest.approx(shown[0], abs=1e-5)
+    assert lines[0].startswith('The model expects') and 'has not read' in lines[1]
+
+
+def test_nothing_and_a_run_that_is_not_finished_are_no_pair(finished, tmp_path):
+    with pytest.raises(UserError, match='both answers are empty'): try_pair(finished.path, 'why?', '', '')
+    finished.copy_to(tmp_path/'run')
+    write_json(tmp_path/'run'/'config.json', finished.config)
+    shutil.rmtree(tmp_path/'run'/'adapter')
+    with pytest.raises(UserError, match='not finished'): try_pair(tmp_path/'run', 'why?', 'a', 'b')

@@ -56,7 +56,7 @@ def error_table(oof, comp, rows, texts=None):
     """DataFrame (part, rows, model, baseline, gain, low, high): log losses on parts of the held-out rows `oof`.
 
     `rows`: their tokens and cut, and `texts` their texts, in the same order. The baseline is the one that is best on
-    all of them; above 0, `gain` (with its 95 % interval) speaks for the model. Parts of few rows, or of all of them, are left out."""
+    all; above 0, `gain` (with its 95 % interval) speaks for the model. Parts of few rows or of all are left out."""
     y, p, groups = oof[columns('y', comp)].to_numpy(float), oof[columns('p', comp)].to_numpy(), oof['group'].to_numpy()
     baselines = {name: oof[columns(f'floor_{name}', comp)].to_numpy() for name in FLOORS}
     q = baselines[best_floor(y, baselines)]

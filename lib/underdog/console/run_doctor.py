@@ -73,8 +73,7 @@ def _run_predicts(run, cfg):
     if not len(rows) or not run.oof_file.exists():
         return [Check('validation loss', 'skip', 'the run has no held-out rows (fold=-1)',
                       'train one fold to be sure of the path')]
-    job = Job(run, pd.concat([rows, swap_rows(rows)], ignore_index=True), cfg).open()
-    p = _both_ways(job, cfg)
+    job, p = both_ways(run, rows, cfg)
 
     # what training wrote for the same rows, in their order
     predicted = [c for prefix in ('y', 'p', 'one') for c in columns(prefix, job.comp)]
@@ -91,16 +90,17 @@ def _check_rows(run):
     turns = [c for c in rows.columns if c != 'id']
     return rows.assign(**{c: [list(x) for x in rows[c]] for c in turns})
 
-def _both_ways(job, cfg):
-    """Probabilities (2, n, C) of the check rows: as they stand, and exchanged twice.
+def both_ways(run, rows, cfg):
+    """(the `Job`, probabilities (2, n, C)) of the DataFrame `rows` by `run`: as they stand, and exchanged twice.
 
     The model is loaded in a process of its own, so that its memory is given back."""
+    job = Job(run, pd.concat([rows, swap_rows(rows)], ignore_index=True), cfg).open()
     parts, _ = job.parts(job.orders[:1])
     with Workers(job.start(), devices_of(cfg)[:1]) as workers:
         workers.run(parts, lambda i, result: job.take(parts[i], result))
     p = softmax(job.logits[0] + job.offset)
     n = len(p)//2
-    return np.stack([p[:n], swap_probs(p[n:])])
+    return job, np.stack([p[:n], swap_probs(p[n:])])
 
 # %% ../../../nbs/8_console/02_run_doctor.ipynb #c3d92b87
 # of a probability: inference against training, and a symmetric head when A and B are exchanged
