@@ -19,7 +19,7 @@ from underdog.console.tryout import try_pair
 from underdog.core import UserError, write_json
 from underdog.data.competition import LMSYS
 from underdog.data.metrics import apply_temperature, best_margin, log_loss
-from underdog.runfolder import Cuts, RunFolder
+from underdog.runfolder import Cuts, RunFolder, columns
 
 
 def drawn(n, seed=0):
@@ -176,13 +176,15 @@ def test_one_run_and_runs_of_other_rows_are_refused(finished, world, tmp_path):
 # ---- one pair
 
 def test_a_pair_is_answered_as_inference_answers_it(finished, world, tmp_path):
-    test = pd.read_csv(world/'test.csv').head(1)
-    predicted = predictions(finished.path, world/'test.csv', tmp_path/'predictions').iloc[0]
-    texts = [json.loads(test[c].iloc[0]) for c in ('prompt', 'response_a', 'response_b')]
-    assert predicted['id'] == test['id'].iloc[0] and {len(turns) for turns in texts} == {1}
-    table, lines = try_pair(finished.path, *(turns[0] for turns in texts))
+    predicted = predictions(finished.path, world/'test.csv', tmp_path/'predictions').set_index('id')
+    test = pd.read_csv(world/'test.csv', index_col='id')
+    # a row of one turn, with all its texts
+    turns = test[['prompt', 'response_a', 'response_b']].map(json.loads)
+    whole = turns.map(lambda cell: len(cell) == 1 and bool(cell[0])).all(axis=1)
+    row, texts = turns.index[whole][0], [cell[0] for cell in turns[whole].iloc[0]]
+    table, lines = try_pair(finished.path, *texts)
     shown = table[list(LMSYS.classes)].to_numpy()
-    assert shown[0].tolist() == pytest.approx(predicted[[f'p_{c}' for c in LMSYS.classes]].tolist(), abs=1e-5)
+    assert shown[0].tolist() == pytest.approx(predicted.loc[row, columns('p', LMSYS)].tolist(), abs=1e-5)
     # a pair head sees no order
     assert shown[1] == pytest.approx(shown[0], abs=1e-5)
     assert lines[0].startswith('The model expects') and 'has not read' in lines[1]
