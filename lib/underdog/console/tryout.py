@@ -6,12 +6,16 @@
 __all__ = ['try_pair']
 
 # %% ../../../nbs/8_console/04b_tryout.ipynb #0eb96b41
+from collections import Counter
+
 import numpy as np
 import pandas as pd
 
 from ..core import UserError
 from ..runfolder import RunFolder
 from ..data.competition import get_competition
+from ..data.csvfile import repair
+from ..data.rows import TEXTS
 from ..text.heads import HEADS
 from ..inference.job import check_run
 from ..inference.settings import InferConfig
@@ -26,7 +30,9 @@ def try_pair(run, prompt, a, b, cfg=InferConfig()):
     run = RunFolder.open(run)
     if not run.trained: raise UserError(f'{run.path}: not finished; train it to its end first')
     if not (a or b): raise UserError('both answers are empty: there is nothing to compare')
-    rows = pd.DataFrame(dict(id=['0'], prompt=[[prompt]], response_a=[[a]], response_b=[[b]]))
+    # a terminal's bytes may be no text: cleaned as those of a file
+    cells = dict(zip(TEXTS, ([repair(text, Counter())] for text in (prompt, a, b))))
+    rows = pd.DataFrame([dict(id='0', **cells)])
     job, p = both_ways(run, rows, cfg)
     comp, best = get_competition(run.config['competition']), run.config['best_floor']
     orders = HEADS[run.config['model']['head']].orders
