@@ -39,11 +39,13 @@ class Forked:
         at = command.index('-m')
         self.returncode, self.pid = None, os.fork()
         if self.pid: return
-        if start_new_session: os.setsid()
-        if env: _replace_environment(env)
-        _begin(stdout.fileno())
-        sys.argv = command[at + 1:]
-        _end(lambda: runpy.run_module(command[at + 1], run_name='__main__', alter_sys=True))
+        def work():
+            if start_new_session: os.setsid()
+            if env: _replace_environment(env)
+            _begin(stdout.fileno())
+            sys.argv = command[at + 1:]
+            runpy.run_module(command[at + 1], run_name='__main__', alter_sys=True)
+        _end(work)
 
     def poll(self): return self._wait(os.WNOHANG)
 
@@ -84,7 +86,7 @@ def _begin(log):
 
 
 def _end(work):
-    "Do `work` and end the process with the exit code that the console gives it."
+    "Do `work`, whatever becomes of it end the process: with the exit code that the console would give it."
     code = TRACEBACK
     try:
         work()
@@ -146,10 +148,12 @@ class Job(Forked):
         self.log = Path(log)
         self.returncode, self.pid = None, os.fork()
         if self.pid: return
-        os.setsid()
-        _begin(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC))
-        fork_instead()
-        _end(work)
+        def begin():
+            os.setsid()
+            _begin(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC))
+            fork_instead()
+            work()
+        _end(begin)
 
     def end(self, limit_s):
         "Wait for it; what is not over after `limit_s` is killed, with all that it started."

@@ -61,6 +61,7 @@ class World:
     def make(cls, folder):
         "Everything is made in children, as this process is to stay without threads."
         world = cls(Path(folder))
+        world.folder.mkdir(parents=True, exist_ok=True)
         for work in (world._make_rows, lambda: world.learn(world.folder/'pair'),
                      lambda: world.learn(world.folder/'joint', head='joint')):
             ended = do(work, world.log, limit_s=300.)
@@ -86,6 +87,7 @@ class World:
 
 
 def dump(value):
-    "A case in a line of at most 300 characters."
+    "A case in a line of at most 300 characters, what is short first."
+    if isinstance(value, dict): value = dict(sorted(value.items(), key=lambda item: len(str(item[1]))))
     text = json.dumps(value, default=lambda raw: raw.decode('latin-1') if isinstance(raw, bytes) else str(raw))
     return text if len(text) < 300 else f'{text[:297]}…'
