@@ -94,8 +94,8 @@ def _end(work):
     except SystemExit as e: code = e.code if isinstance(e.code, int) else int(e.code is not None)
     except KeyboardInterrupt: code = 130
     except BaseException as e:
-        from underdog.core import UserError
-        known = isinstance(e, (UserError, OSError))
+        from underdog.core import UserError, disk_full
+        known = isinstance(e, (UserError, OSError)) or disk_full(e)
         with contextlib.suppress(OSError, ValueError): print(f'underdog: {e}') if known else traceback.print_exc()
         code = 1 if known else TRACEBACK
     finally:

@@ -9,7 +9,7 @@ from benchmarks.siege_fork import do
 
 # what may be counted of a kind of attack; all but the first two should stay 0
 COUNTS = ('tried', 'answered_well', 'tracebacks', 'hangs', 'missed_submissions', 'lost_runs', 'refused_folders',
-          'orphans', 'half_written', 'leaks', 'refused_harmless')
+          'orphans', 'half_written', 'dishonest', 'leaks', 'refused_harmless')
 
 
 @dataclass
