@@ -1,4 +1,4 @@
-"""Disks that become full while something is written: an honest end in one line, and no loss once there is room again."""
+"""Disks that become full while something is written: an honest end in one line, no loss once there is room again."""
 import json
 import resource
 import shutil

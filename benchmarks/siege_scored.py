@@ -4,7 +4,6 @@ import shutil
 import signal
 import subprocess
 from contextlib import contextmanager
-from pathlib import Path
 
 from hypothesis import strategies as st
 
@@ -54,14 +53,17 @@ def cases(draw, world):
 def damaged_sample(file, how, ids):
     "Damage the sample `file` of these `ids`; the ids that it, or else the test file, still tells."
     import pandas as pd
+    # the tables it may become
     table = pd.read_csv(file, dtype=str)
     one_more = pd.DataFrame([['4242', '1', '0', '0']], columns=table.columns)
     tables = dict(more=pd.concat([table, one_more]), less=table[1:], floats=table.assign(id=table['id'] + '.0'),
                   twice=pd.concat([table, table[:2]]), turned=table[::-1], columns=table[['id']], empty=table[:0])
+    # the file
     if how in tables: tables[how].to_csv(file, index=False)
     elif how == 'gone': file.unlink()
     elif how == 'commas': file.write_text(file.read_text().replace('\n', ',\n').replace(',\n', '\n', 1))
     else: file.write_bytes(b'\x89PNG\r\n\0\xff')
+    # what it tells
     told = dict(tables, commas=table).get(how, table[:0])
     return list(dict.fromkeys(told['id'])) or ids
 
@@ -80,10 +82,12 @@ def small_disk(place, kb=64, files=1000):
 def set_up(world, folder, case):
     "The files of a case in `folder`; the ids that its submission must have, or None: those of the file that is left."
     from underdog.data.submission import wanted_ids
+    # a copy of everything
     shutil.rmtree(folder, ignore_errors=True)
     (folder/'data').mkdir(parents=True)
     for file in (world.test, world.sample): shutil.copy(file, folder/'data')
     for name in ('pair', 'joint'): shutil.copytree(world.folder/name, folder/('run' if name == 'pair' else name))
+    # damaged
     if 'test' in case:
         if case['test'] is None: (folder/'data'/'test.csv').unlink()
         else: (folder/'data'/'test.csv').write_bytes(case['test'])
@@ -99,6 +103,7 @@ def damaged_base(world, case):
     if 'base' not in case:
         yield
         return
+    # the real one is kept beside it
     kept, damage = world.base.with_name('kept'), case['base']
     world.base.rename(kept)
     try:

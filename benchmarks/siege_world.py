@@ -1,4 +1,4 @@
-"""What every attack of the siege starts from: a small competition with two trained runs, cases by a seed, and counts."""
+"""What every attack of the siege starts from: a small competition, two trained runs, cases by a seed, counts."""
 import json
 from collections import Counter
 from dataclasses import dataclass, field
