@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['UserError', 'nearest', 'atomic_path', 'atomic_write', 'remove_temporaries', 'write_json', 'read_json', 'read_record',
-           'read_table', 'first_line', 'append_line', 'read_lines', 'fingerprint', 'file_hash', 'build_id', 'versions',
-           'convert', 'coerce', 'Settings']
+           'read_table', 'first_line', 'disk_full', 'append_line', 'read_lines', 'fingerprint', 'file_hash', 'build_id',
+           'versions', 'convert', 'coerce', 'Settings']
 
 # %% ../../nbs/00_core.ipynb #2551e549
-import difflib, hashlib, json, math, os, shutil, sys, tempfile, types, typing
+import difflib, errno, hashlib, json, math, os, shutil, sys, tempfile, types, typing
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -109,6 +109,14 @@ def first_line(error):
     "The first line of an error's message; its class where it has none."
     lines = str(error).splitlines()
     return lines[0] if lines else type(error).__name__
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+def disk_full(error):
+    "Does `error` come from a disk, a quota or a file that can hold no more?"
+    # what writes in another language passes on the text alone
+    text = str(error)
+    return getattr(error, 'errno', None) in _FULL or any(os.strerror(n) in text for n in _FULL)
 
 # %% ../../nbs/00_core.ipynb #0d5a4a7e
 def append_line(path, record):

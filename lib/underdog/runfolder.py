@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .core import (
-    UserError, append_line, atomic_path, atomic_write, read_lines, read_record, read_table, write_json)
+    UserError, append_line, atomic_path, atomic_write, disk_full, read_lines, read_record, read_table, write_json)
 from .machine import resolve_input
 
 # %% ../../nbs/04_runfolder.ipynb #562db827
@@ -126,7 +126,19 @@ class RunFolder:
         "Write status.json; `state` is running, paused, finished or failed."
         if state not in ('running', 'paused', 'finished', 'failed'): raise ValueError(f'unknown state {state!r}')
         status = dict(state=state, step=step, of=of, reason=reason, elapsed_s=round(elapsed_s, 1))
-        write_json(self.status_file, status)
+        try: write_json(self.status_file, status)
+        except OSError as e:
+            # a full disk has room for another text in the place of the old one
+            if not disk_full(e) or not self.status_file.is_file(): raise
+            self._overwrite_status(status)
+
+    def _overwrite_status(self, status):
+        "Write `status` over the bytes of status.json, with a shorter reason where they are few."
+        size = self.status_file.stat().st_size
+        while len(json.dumps(status)) > size and status['reason']: status['reason'] = status['reason'][:-1]
+        text = json.dumps(status, separators=(',', ':')).encode().ljust(size)
+        if len(text) > size: return   # it says what it said
+        with open(self.status_file, 'r+b') as f: f.write(text)
 
     def change_status(self, state, reason=''):
         "Another `state`, with the step and the time that are noted."
@@ -134,8 +146,10 @@ class RunFolder:
         self.set_status(state, status['step'], status['of'], reason=reason, elapsed_s=status['elapsed_s'])
 
     def log(self, **metrics):
-        "Append one line to metrics.jsonl."
-        append_line(self.metrics_file, metrics)
+        "Append one line to metrics.jsonl; a full disk costs the line, not the run."
+        try: append_line(self.metrics_file, metrics)
+        except OSError as e:
+            if not disk_full(e): raise
 
     def metrics(self):
         "metrics.jsonl as a DataFrame; a torn line (a killed run) is left out."

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from ..core import UserError
+from ..core import UserError, disk_full
 from .commands import LOCAL
 from .planning import AHEAD
 from .probe import probe
@@ -47,7 +47,9 @@ def _options(
 def main():
     "Entry point of the console command `underdog`."
     try: app()
-    except (UserError, OSError) as e:
+    except Exception as e:
+        # a full disk is told by errors of many kinds; anything else is a fault of ours, with its traceback
+        if not isinstance(e, (UserError, OSError)) and not disk_full(e): raise
         Console(stderr=True).print(f'[bold red]underdog:[/] {escape(str(e))}', soft_wrap=True, highlight=False)
         sys.exit(1)
     except KeyboardInterrupt: sys.exit(130)   # as a shell has it: 128 and the number of SIGINT

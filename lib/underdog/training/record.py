@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..core import atomic_path
+from ..core import atomic_path, disk_full
 from ..runfolder import RunFolder, columns
 from ..session import Session
 from ..data.competition import Competition
@@ -19,7 +19,7 @@ from ..data.metrics import best_margin, log_loss
 from ..model.merge import save_adapter
 from ..model.predict import predict_both
 from .checkpoint import Checkpoints
-from .health import Health, check_finite, check_spread
+from .health import Health, check_finite, check_spread, check_weights
 from .step import Training
 
 # %% ../../../nbs/4_training/08_record.ipynb #c6032d56
@@ -106,7 +106,7 @@ class Recorder:
 
         `lost`: how many rows the best baseline has answered."""
         losses, margin = oof_losses(oof, self.comp), oof_margin(oof, self.comp)
-        with atomic_path(self.run.oof_file) as tmp: oof.to_parquet(tmp)
+        self._keep_oof(step, oof)
         figures = {f'eval_{name}': loss for name, loss in losses.items()}
         figures |= dict(eval_gain=margin.gain, eval_gain_low=margin.low, eval_gain_high=margin.high)
         self.run.log(step=step, eval_rows=len(oof), eval_not_finite=lost, eval_loss=losses['tta'], **figures)
@@ -116,6 +116,22 @@ class Recorder:
         if step == len(self.training.plan): self.say(f'the model {margin}')
         elif margin.high < 0: self.say(f'warning: so far the model {margin}')
         if lost: self.say(f'warning: {lost} of them have no finite logits and got the answer of the best baseline')
+
+    def _keep_oof(self, step, oof):
+        "Write oof.parquet. A full disk costs the older checkpoint, then this table, but for the last evaluation's."
+        def write():
+            with atomic_path(self.run.oof_file) as tmp: oof.to_parquet(tmp)
+        try: self._with_room(write)
+        except OSError as e:
+            if not disk_full(e) or step == len(self.training.plan): raise
+            self.say(f'warning: the disk is full, the held-out predictions of step {step} were not written')
+
+    def _with_room(self, write):
+        "Call `write`; where the disk is full, once more without the older checkpoints."
+        try: write()
+        except Exception as e:
+            if not disk_full(e) or not self.checkpoints.make_room(): raise
+            write()
 
     def finish(self, reason):
         "Leave the run folder finished, with its adapter, or with a `reason` paused, with its checkpoints."
@@ -127,7 +143,8 @@ class Recorder:
             self.run.set_status('paused', step, len(t.plan), reason, elapsed_s=t.at.elapsed_s)
             return
         # the adapter, then the status: a run with an adapter is finished, whatever comes after
-        save_adapter(t.model, self.run.adapter)
+        check_weights(t.trained())
+        self._with_room(lambda: save_adapter(t.model, self.run.adapter))
         self.run.set_status('finished', t.at.step, len(t.plan), elapsed_s=t.at.elapsed_s)
         # a finished run needs no checkpoints
         for step in steps: self.checkpoints.drop(step)
