@@ -29,14 +29,17 @@ class ModelShape:
     causal: bool          # a decoder
     disentangled: bool    # DeBERTa's attention
     norms: int = 2        # in a layer
+    fused: bool = False   # queries, keys and values are one matrix, and so are the two that enter the MLP
+    normed: bool = False  # queries and keys are normed
 
     @property
     def matrices(self):
         "(inputs, outputs) of the linear layers of one block."
         q, kv = self.heads*self.head_dim, self.kv_heads*self.head_dim
-        attention = [(self.hidden, q), (self.hidden, kv), (self.hidden, kv), (q, self.hidden)]
-        entering = [(self.hidden, self.intermediate)]*(2 if self.gated else 1)
-        return attention + entering + [(self.intermediate, self.hidden)]
+        outputs = [q, kv, kv], [self.intermediate]*(2 if self.gated else 1)
+        if self.fused: outputs = [[sum(of_one)] for of_one in outputs]
+        attention, entering = ([(self.hidden, size) for size in of_one] for of_one in outputs)
+        return [*attention, (q, self.hidden), *entering, (self.intermediate, self.hidden)]
 
     @property
     def linear(self):
@@ -107,7 +110,9 @@ def accelerator(name, file=None):
 # %% ../../../nbs/6_search/00_shapes.ipynb #b40b60f9
 _SIZES = dict(layers='num_hidden_layers', hidden='hidden_size', intermediate='intermediate_size',
               heads='num_attention_heads', vocab='vocab_size')
-_ENCODERS = ('bert', 'deberta', 'roberta', 'electra', 'modernbert')
+_ENCODERS = ('bert', 'deberta', 'roberta', 'xlm-roberta', 'electra', 'modernbert')
+_NORMED = ('qwen3', 'gemma3', 'olmo2')
+_FUSED = ('phi3', 'modernbert')
 
 def model_shape(model):
     """The `ModelShape` of a model folder, a config.json, or a name such as gemma-2-9b.
@@ -129,5 +134,6 @@ def model_shape(model):
         kind or path.name, **sizes,
         kv_heads=config.get('num_key_value_heads') or sizes['heads'],
         head_dim=config.get('head_dim') or sizes['hidden']//sizes['heads'],
-        gated=decoder, causal=decoder, disentangled=kind.startswith('deberta'),
-        norms=4 if kind.startswith('gemma2') else 2)
+        gated=decoder or kind == 'modernbert', causal=decoder, disentangled=kind.startswith('deberta'),
+        norms=4 if kind.startswith(('gemma2', 'gemma3')) else 2,
+        fused=kind.startswith(_FUSED), normed=kind.startswith(_NORMED))

@@ -108,8 +108,8 @@ def _padding_warning(model, source, cfg):
     "A list with one line where batches of `model` have to be padded, else an empty one."
     if model.packing: return []
     report = padding_report(source.lengths, plan_batches(source.lengths, cfg.batch_tokens))
-    kind, empty = model.backbone.config.model_type, 1 - report['efficiency']
-    return [f'warning: rows cannot be packed for the attention of {kind}, so batches are padded, '
+    empty = 1 - report['efficiency']
+    return [f'warning: rows cannot be packed for {model.planner.known.why}. So batches are padded, '
             f'{empty:.1%} of them is padding, and prompts are computed once per answer']
 
 # %% ../../../nbs/4_training/09_worker.ipynb #70ec7065
