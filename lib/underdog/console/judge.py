@@ -16,7 +16,7 @@ from ..session import duration
 from ..data.competition import get_competition
 from ..data.metrics import apply_temperature, fit_temperature, row_log_loss
 from ..text.heads import HEADS
-from ..training.record import oof_margin
+from ..training.oof import oof_margin
 
 # %% ../../../nbs/8_console/03a_judge.ipynb #57630aa6
 class Finding(NamedTuple):

@@ -20,7 +20,7 @@ from ..data.rows import TEXTS
 from ..text.heads import HEADS
 from ..model.settings import ModelConfig, compute_dtype
 from ..training.checkpoint import Checkpoints
-from ..training.record import oof_losses, oof_margin
+from ..training.oof import oof_losses, oof_margin
 from ..inference.job import Job, check_run, devices_of
 from ..inference.settings import InferConfig
 from ..inference.workers import Workers

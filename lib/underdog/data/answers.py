@@ -38,7 +38,7 @@ class Answer(NamedTuple):
 
 # %% ../../../nbs/1_data/05_answers.ipynb #e272ece9
 def draw_answer(fact, right, rng):
-    "An `Answer` (text, quality) to the question of the `Fact`, a `right` or a wrong one, drawn with the generator `rng`."
+    "An `Answer` (text, quality) to the question of the `Fact`, `right` or wrong, drawn with the generator `rng`."
     # its properties
     manner, bold, more = int(rng.choice([-1, 0, 1])), rng.random() < .3, int(rng.integers(0, 3))
 
