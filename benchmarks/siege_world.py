@@ -8,8 +8,8 @@ from benchmarks.common import make_world
 from benchmarks.siege_fork import do
 
 # what may be counted of a kind of attack; all but the first three should stay 0
-COUNTS = ('tried', 'answered_well', 'kills', 'tracebacks', 'hangs', 'missed_submissions', 'lost_runs', 'refused_folders',
-          'orphans', 'half_written', 'dishonest', 'leaks', 'refused_harmless')
+COUNTS = ('tried', 'answered_well', 'kills', 'tracebacks', 'hangs', 'missed_submissions', 'lost_runs',
+          'refused_folders', 'orphans', 'half_written', 'dishonest', 'leaks', 'refused_harmless')
 
 
 @dataclass
