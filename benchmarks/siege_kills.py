@@ -118,6 +118,8 @@ def start_kaggle(world):
         from kaggle_server import KaggleServer, write_notebook
 
         from underdog.core import write_json
+        from underdog.process import end_with
+        end_with(os.getppid())
         write_notebook(world.folder/'count.ipynb', COUNTER, parameters=PARAMETERS)
         server = KaggleServer(world.folder/'server').start()
         write_json(world.folder/'kaggle.env', server.client_environment())
