@@ -99,7 +99,7 @@ def _end(work):
         with contextlib.suppress(OSError, ValueError): print(f'underdog: {e}') if known else traceback.print_exc()
         code = 1 if known else TRACEBACK
     finally:
-        for stream in (sys.stdout, sys.stderr):
+        for stream in filter(None, (sys.stdout, sys.stderr)):
             with contextlib.suppress(OSError, ValueError): stream.flush()
         os._exit(code)
 

@@ -14,6 +14,7 @@ from benchmarks.faults import torn, valid
 from benchmarks.siege_fork import KEPT, Job, descendants, do, orphans
 
 TESTS = Path(__file__).resolve().parents[1]/'tests'
+WAYS = ('all', 'all', 'parent', 'worker', 'youngest', 'SIGTERM', 'SIGINT', 'SIGTERM to all')
 SETTINGS = dict(quantization='none', rank=4, max_length=96, batch_rows=4, n_folds=3, lr=1e-2, head_lr=1e-2,
                 probe_rows=0, epochs=1.0, evaluations=2)
 
@@ -93,6 +94,7 @@ class Target:
     check: Callable = nothing_more      # (world, out, folder of the undisturbed one); raises
     written: tuple = ('',)   # moments: while a file of such a name is there; '': any
     share: int = 3           # of the kills
+    ways: tuple = WAYS
 
 
 TARGETS = dict(
@@ -101,12 +103,11 @@ TARGETS = dict(
     evaluate=Target(train, same_training, ('.oof*', 'oof.parquet', '.adapter*', 'adapter')),
     infer=Target(infer, same_submission, ('', '.answers*', '.predictions*', '*/.predictions*')),
     submit=Target(submit, same_submission, ('.submission.csv.*', 'submission.csv', '')),
-    sweep=Target(sweep, share=1),
+    # a trial that is killed alone has failed, and the sweep says so
+    sweep=Target(sweep, share=1, ways=tuple(way for way in WAYS if way not in ('worker', 'youngest'))),
     demo=Target(demo, same_submission, ('', '.submission*', 'run/.oof*'), share=1),
     relay=Target(relay, share=1),
 )
-WAYS = ('all', 'all', 'parent', 'worker', 'youngest', 'SIGTERM', 'SIGINT', 'SIGTERM to all')
-
 
 # ---- a Kaggle on this machine
 def start_kaggle(world):
@@ -117,6 +118,8 @@ def start_kaggle(world):
         from kaggle_server import KaggleServer, write_notebook
 
         from underdog.core import write_json
+        from underdog.process import end_with
+        end_with(os.getppid())
         write_notebook(world.folder/'count.ipynb', COUNTER, parameters=PARAMETERS)
         server = KaggleServer(world.folder/'server').start()
         write_json(world.folder/'kaggle.env', server.client_environment())
@@ -180,7 +183,7 @@ def disturb(world, name, out, *, rng, seconds, kills):
     "Kill the target `name` up to `kills` times, then let it come to its end; (faults, what was done, how it ended)."
     target, faults, events = TARGETS[name], [], []
     for _ in range(kills):
-        way, pattern = rng.choice(WAYS), rng.choice(target.written)
+        way, pattern = rng.choice(target.ways), rng.choice(target.written)
         after = rng.uniform(0, seconds*(.7 if pattern else 1.))
         job = begin(target, world, out)
         if not wait_for(job, after, pattern, out, limit_s=4*seconds + 30): break

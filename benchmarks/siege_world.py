@@ -7,9 +7,9 @@ from pathlib import Path
 from benchmarks.common import make_world
 from benchmarks.siege_fork import do
 
-# what may be counted of a kind of attack; all but the first two should stay 0
-COUNTS = ('tried', 'answered_well', 'tracebacks', 'hangs', 'missed_submissions', 'lost_runs', 'refused_folders',
-          'orphans', 'half_written', 'dishonest', 'leaks', 'refused_harmless')
+# what may be counted of a kind of attack; all but the first three should stay 0
+COUNTS = ('tried', 'answered_well', 'kills', 'tracebacks', 'hangs', 'missed_submissions', 'lost_runs',
+          'refused_folders', 'orphans', 'half_written', 'dishonest', 'leaks', 'refused_harmless')
 
 
 @dataclass
@@ -24,6 +24,7 @@ class Kind:
         self.counts['tried'] += 1
         self.counts['answered_well'] += not faults
         self.counts.update(faults)
+        if self.counts['tried'] % 10 == 0: print(f'{self.name}: {dict(self.counts)}', flush=True)
         if not faults: return
         self.faults.append(f"{self.name} {self.counts['tried']}: {', '.join(faults)}: {what}")
         print(self.faults[-1], flush=True)

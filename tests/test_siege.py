@@ -9,7 +9,7 @@ sys.path.insert(0, str(REPO))
 from benchmarks.siege_fork import do   # noqa: E402
 from benchmarks.siege_world import COUNTS, Kind, World   # noqa: E402
 
-FAULTS = COUNTS[2:]
+FAULTS = COUNTS[3:]
 
 
 def check(kind, tried):

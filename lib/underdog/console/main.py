@@ -6,7 +6,7 @@
 __all__ = ['app', 'main']
 
 # %% ../../../nbs/8_console/09_main.ipynb #0f17e4b3
-import sys
+import os, sys
 
 import typer
 from rich.console import Console
@@ -46,11 +46,14 @@ def _options(
 # %% ../../../nbs/8_console/09_main.ipynb #ac1a9fc6
 def main():
     "Entry point of the console command `underdog`."
+    if sys.stdout is None: sys.stdout = open(os.devnull, 'w')   # it was closed before
     try: app()
     except Exception as e:
         # a full disk is told by errors of many kinds; anything else is a fault of ours, with its traceback
         if not isinstance(e, (UserError, OSError)) and not disk_full(e): raise
-        Console(stderr=True).print(f'[bold red]underdog:[/] {escape(str(e))}', soft_wrap=True, highlight=False)
+        gone = isinstance(e, FileNotFoundError) and not e.filename   # as `Path.cwd` raises it
+        text = 'the working folder is gone; cd to one that is there' if gone else str(e)
+        Console(stderr=True).print(f'[bold red]underdog:[/] {escape(text)}', soft_wrap=True, highlight=False)
         sys.exit(1)
     except KeyboardInterrupt: sys.exit(130)   # as a shell has it: 128 and the number of SIGINT
 
