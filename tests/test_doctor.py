@@ -20,7 +20,7 @@ from underdog.kernels import run_kernel
 from underdog.runfolder import RunFolder
 
 LINES = ('state', 'template, tokenizer, base', 'versions', 'reload equality', 'validation loss', 'swap consistency')
-COMMAND = [sys.executable, '-c', 'from underdog.console.main import main; main()']
+COMMAND = [sys.executable, '-c', '# warm\nfrom underdog.console.main import main; main()']
 
 
 def states(checks): return {c.name: c.state for c in checks}
