@@ -21,7 +21,7 @@ from underdog.runfolder import RunFolder
 
 LINES = ('state', 'template, tokenizer, base', 'versions', 'reload equality', 'validation loss', 'swap consistency')
 DOUBTS = ('worth its hours', 'what is read')   # of five steps over the first tokens of rows
-COMMAND = [sys.executable, '-c', 'from underdog.console.main import main; main()']
+COMMAND = [sys.executable, '-c', '# warm\nfrom underdog.console.main import main; main()']
 
 
 def states(checks): return {c.name: c.state for c in checks}

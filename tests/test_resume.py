@@ -124,7 +124,7 @@ def test_a_rehearsal_leaves_no_trace_but_the_budget_and_finds_dead_adapters(worl
 
 
 # ---- real processes
-SMALL_RUN = """
+SMALL_RUN = """# warm
 import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
