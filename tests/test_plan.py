@@ -126,9 +126,9 @@ def test_sizes_give_the_parameters_that_the_makers_tell(name, billions):
 
 
 @pytest.mark.parametrize('name,billions', [
-    ('llama-3.2-1b', 1.24), ('llama-3.2-3b', 3.21), ('phi-4-mini', 3.84), ('smollm3-3b', 3.08), ('granite-3.3-8b', 8.17),
-    ('granite-3.3-2b', 2.53), ('modernbert-base', .149), ('modernbert-large', .395), ('xlm-roberta-large', .559),
-    ('mdeberta-v3-base', .279)])
+    ('llama-3.2-1b', 1.24), ('llama-3.2-3b', 3.21), ('phi-4-mini', 3.84), ('smollm3-3b', 3.08),
+    ('granite-3.3-8b', 8.17), ('granite-3.3-2b', 2.53), ('modernbert-base', .149), ('modernbert-large', .395),
+    ('xlm-roberta-large', .559), ('mdeberta-v3-base', .279)])
 def test_sizes_give_all_parameters(name, billions):
     "With the embedding, which is also the language models' last layer."
     shape = model_shape(name)
