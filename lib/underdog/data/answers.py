@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .facts import all_facts
 from .metrics import softmax
 
 # %% ../../../nbs/1_data/05_answers.ipynb #c1e077b4
@@ -28,7 +27,7 @@ _MORE = [
     'It has long been so.', 'Other sources agree.']
 
 # what each property adds to the quality; tie: how much less likely than a win a tie is (see `davidson`)
-_WEIGHTS = dict(right=2.0, manner=0.5, sentence=0.2, bold=0.3, tie=0.0)
+_WEIGHTS = dict(right=2.0, manner=0.8, sentence=0.4, bold=0.6, tie=0.0)
 
 # %% ../../../nbs/1_data/05_answers.ipynb #b052d601
 class Answer(NamedTuple):
@@ -38,7 +37,7 @@ class Answer(NamedTuple):
 
 # %% ../../../nbs/1_data/05_answers.ipynb #e272ece9
 def draw_answer(fact, right, rng):
-    "An `Answer` (text, quality) to the question of the `Fact`, `right` or wrong, drawn with the generator `rng`."
+    "A `right` or a wrong `Answer` (text, quality) to the question of the `Fact`, drawn with the generator `rng`."
     # its properties
     manner, bold, more = int(rng.choice([-1, 0, 1])), rng.random() < .3, int(rng.integers(0, 3))
 
