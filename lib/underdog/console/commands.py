@@ -191,7 +191,7 @@ def demo(
     rows = [(text, 'unknown' if result[name] is None else result[name]) for name, text in _PREDICTIONS.items()]
     title = f"Held-out log loss, {result['rows']} rows, {result['minutes']} minutes"
     print_table(title, ['prediction', 'log loss'], rows)
-    typer.echo(f"{result['verdict']}, {result['best_baseline_name']}")
+    typer.echo(result['verdict'])
     typer.echo(f"report: {result['report']}\n{json.dumps(result)}")
 
 # %% ../../../nbs/8_console/06_commands.ipynb #6125efa0

@@ -16,7 +16,7 @@ from ..machine import cache_folder, quiet
 from ..runfolder import RunFolder, columns
 from ..kernels import run_kernel
 from ..data.floors import FLOORS
-from ..data.metrics import log_loss, paired_ci
+from ..data.metrics import best_margin, log_loss
 from ..data.sample import write_sample
 from ..inference.blend import gather_oof
 
@@ -63,19 +63,14 @@ def _best_possible(held, truth):
 def _against_best_baseline(held):
     "The best baseline on the `HeldOut` rows (name, loss), and the model's gain on it with its interval, also in words."
     def rows(prefix): return held.table[columns(prefix, held.comp)].to_numpy()
-    losses = {name: log_loss(rows('y'), rows(f'floor_{name}')) for name in FLOORS}
-    name = min(losses, key=losses.get)
     model, = held.models
-    gain = tuple(-d for d in paired_ci(rows('y'), rows(model), rows(f'floor_{name}'), held.table['group']))
-    gain = gain[0], gain[2], gain[1]   # with the sign, the ends of the interval change places
-    return dict(best_baseline=losses[name], best_baseline_name=name, gain=list(gain), verdict=_verdict(*gain))
-
-def _verdict(gain, low, high):
-    "Does the model beat its best baseline? A sentence about the `gain` and its interval."
-    interval = f'{gain:.3f} [{low:.3f}, {high:.3f}]'
-    if low > 0: return f'the model beats its best baseline by {interval}'
-    if high < 0: return f'the model loses to its best baseline: its gain is {interval}'
-    return f'the model does not beat its best baseline beyond chance: its gain is {interval}'
+    baselines = {name: rows(f'floor_{name}') for name in FLOORS}
+    margin = best_margin(rows('y'), rows(model), baselines, held.table['group'])
+    return dict(
+        best_baseline=log_loss(rows('y'), baselines[margin.over]),
+        best_baseline_name=margin.over,
+        gain=[margin.gain, margin.low, margin.high],
+        verdict=f'the model {margin}')
 
 # %% ../../../nbs/8_console/05_demo.ipynb #29ccbb4c
 def run_demo(out, train=None, test=None, seed=0, **settings):
