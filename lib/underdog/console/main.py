@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..core import UserError
+from ..kernels import KernelFailed
 from .commands import LOCAL
 from .planning import AHEAD
 from .probe import probe
@@ -44,10 +45,10 @@ def _options(
 ): pass
 
 # %% ../../../nbs/8_console/09_main.ipynb #ac1a9fc6
-def main():
-    "Entry point of the console command `underdog`."
-    try: app()
-    except (UserError, OSError) as e:
+def main(args=None):
+    "Entry point of the console command `underdog`; `args`: its arguments, those of the process if left out."
+    try: app(args)
+    except (UserError, OSError, KernelFailed) as e:
         Console(stderr=True).print(f'[bold red]underdog:[/] {escape(str(e))}', soft_wrap=True, highlight=False)
         sys.exit(1)
     except KeyboardInterrupt: sys.exit(130)   # as a shell has it: 128 and the number of SIGINT
