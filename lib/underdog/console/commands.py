@@ -129,8 +129,9 @@ def submission(
     competition: COMPETITION = 'llm-classification',
 ):
     "Validate a submission: ids, order, columns, finite numbers that sum to 1."
+    from underdog.data.competition import get_competition
     from underdog.data.submission import check_submission
-    typer.echo(f'{file}: {check_submission(file, _competition(competition), sample):,} rows, valid')
+    typer.echo(f'{file}: {check_submission(file, get_competition(competition), sample):,} rows, valid')
 
 # %% ../../../nbs/8_console/06_commands.ipynb #8e0ff652
 def compare(

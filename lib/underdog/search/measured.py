@@ -8,7 +8,7 @@ __all__ = ['Measured', 'part_of', 'read_measured']
 # %% ../../../nbs/6_search/05c_measured.ipynb #1c8bed86
 from dataclasses import dataclass, replace
 
-from ..core import UserError, coerce, read_record
+from ..core import UserError, coerce, first_line, read_record
 from .cost import GIB, Setup, Work, hours, train_operations
 from .estimate import Line, needed
 from .recipe import Recipe
@@ -29,6 +29,15 @@ def part_of(probe, name):
 
 def read_measured(path):
     "The `Measured` in a probe.json; `UserError` where it does not say how fast the machine is."
+    try: return _read(path)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError, OverflowError,
+            StopIteration) as e:
+        if isinstance(e, UserError): raise
+        raise UserError(f'{path}: no whole probe ({type(e).__name__}: {first_line(e)}); '
+                        'probe that machine again') from None
+
+def _read(path):
+    "As `read_measured`, with whatever error a file that is not whole brings about."
     probe = read_record(path, parts=dict)
     found = part_of(probe, 'devices')
     if not found:
