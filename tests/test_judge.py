@@ -15,7 +15,7 @@ from underdog.console.errors import error_table, held_texts, worst_mistakes
 from underdog.console.judge import judge, judge_curve, judge_position, judge_predictions
 from underdog.console.main import app
 from underdog.console.report import Folded, run_sections, write_report
-from underdog.console.tryout import try_pair
+from underdog.console.tryout import _lines, try_pair
 from underdog.core import UserError, write_json
 from underdog.data.competition import LMSYS
 from underdog.data.metrics import apply_temperature, best_margin, log_loss
@@ -187,7 +187,13 @@ def test_a_pair_is_answered_as_inference_answers_it(finished, world, tmp_path):
     assert shown[0].tolist() == pytest.approx(predicted.loc[row, columns('p', LMSYS)].tolist(), abs=1e-5)
     # a pair head sees no order
     assert shown[1] == pytest.approx(shown[0], abs=1e-5)
-    assert lines[0].startswith('The model expects') and 'has not read' in lines[1]
+    assert lines[0].startswith('The model expects')
+
+
+def test_what_was_cut_of_a_pair_is_said():
+    p = np.array([.2, .3, .5])
+    assert _lines(p, LMSYS, dict(cut=0, full=9)) == ['The model expects a tie, with 50%.']
+    assert _lines(p, LMSYS, dict(cut=4, full=9))[1] == 'It has not read 4 of 9 tokens.'
 
 
 def test_nothing_and_a_run_that_is_not_finished_are_no_pair(finished, tmp_path):

@@ -78,7 +78,7 @@ class RunFolder:
         # what no stage can do without
         missing = [k for k in ('model', 'prompt', 'template_hash', 'base_hash', 'competition') if k not in config]
         for part, names in _NEEDED.items():
-            if config.get(part): missing += [f'{part}.{k}' for k in names if not isinstance(config[part].get(k), str)]
+            if part in config: missing += [f'{part}.{k}' for k in names if not isinstance(config[part].get(k), str)]
         if missing:
             build = config.get('build_id', 'unknown')
             raise UserError(f"{run.config_file}: lacks {', '.join(missing)} (build {build}); "

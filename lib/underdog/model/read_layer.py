@@ -6,6 +6,7 @@
 __all__ = ['read_last_layer']
 
 # %% ../../../nbs/3_model/02_read_layer.ipynb #5484e445
+from contextlib import contextmanager
 from functools import partial
 
 from .attention import planned_attention, rotate
@@ -50,10 +51,20 @@ def _read_layer(layer, whole, hidden, *args, plan=None, **kwargs):
     "A decoder layer's output at the kept tokens of `plan.last`; the `whole` layer's where there is no such plan."
     last = None if plan is None else plan.last
     if last is None: return whole(hidden, *args, plan=plan, **kwargs)
+    kept = hidden[:, last.kept.to(hidden.device)]
     # OLMo-2 norms what its attention adds, and nothing before it
     norm = getattr(layer, 'input_layernorm', None)
-    every = hidden if norm is None else norm(hidden)
-    return whole(hidden[:, last.kept.to(hidden.device)], *args, plan=last, every=every, **kwargs)
+    if norm is None: return whole(kept, *args, plan=last, every=hidden, **kwargs)
+    every = norm(hidden)
+    with _returning(norm, every): return whole(kept, *args, plan=last, every=every, **kwargs)
+
+@contextmanager
+def _returning(module, value):
+    "While it lasts, a call of `module` gives `value`: what is known already is not computed again."
+    before = module.forward
+    module.forward = lambda *args, **kwargs: value
+    try: yield
+    finally: module.forward = before
 
 def read_last_layer(backbone):
     "Let the last layer of a decoder compute only the tokens that `plan.last` keeps, where a batch brings such a plan."
