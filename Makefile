@@ -42,7 +42,7 @@ sync: setup
 
 check: sync
 	@echo '== imports =='
-	@cd lib && find underdog -name '*.py' ! -name '_*' | sed 's|/|.|g;s|\.py$$||' | xargs -P 2 -I{} ../$(PY) -c 'import {}' && echo 'every module imports'
+	OMP_NUM_THREADS=1 $(PY) tests/import_each.py
 	@echo '== ruff: names that are unused or unknown, lines over 120 columns =='
 	@# the width of the library's lines is held by tests/test_house.py, which knows those that nbdev writes
 	.venv/bin/ruff check -q --select E501,F401,F811,F821,F841 --line-length 120 lib tests benchmarks \
@@ -50,7 +50,8 @@ check: sync
 
 test: check
 	@echo '== notebooks =='
-	OMP_NUM_THREADS=1 .venv/bin/nbdev_test --n_workers 2 --do_print
+	@# tests/offline: no other machine is reached, and children begin where their imports end
+	PYTHONPATH='$(CURDIR)/tests/offline' OMP_NUM_THREADS=1 .venv/bin/nbdev_test --n_workers 2 --do_print
 	@echo '== tests =='
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist worksteal --durations 15 tests
 

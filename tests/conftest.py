@@ -22,6 +22,7 @@ if os.environ.get('UNDERDOG_KAGGLE_CLIENT'):
 
 # no test reaches another machine: neither this process nor one that it starts
 os.environ['PYTHONPATH'] = os.pathsep.join([str(OFFLINE), os.environ.get('PYTHONPATH', '')])
+sys.path.append(str(OFFLINE))
 _spec = importlib.util.spec_from_file_location('offline', OFFLINE/'sitecustomize.py')
 _spec.loader.exec_module(importlib.util.module_from_spec(_spec))
 

@@ -8,6 +8,9 @@ import torch
 
 DECODERS = ('llama', 'mistral', 'gemma2', 'qwen2')
 FAMILIES = (*DECODERS, 'deberta', 'bert')
+# what is packed because its twin passes the trial; the laws of packing run on them (test_families.py)
+NEW_DECODERS = ('qwen3', 'gemma3', 'smollm3', 'olmo2', 'granite', 'phi3')
+NEW_FAMILIES = (*NEW_DECODERS, 'modernbert', 'xlmr')
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -51,14 +54,36 @@ def family_config(family, **changes):
     size = dict(vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
                 pad_token_id=0)
     kinds = dict(llama=tf.LlamaConfig, mistral=tf.MistralConfig, gemma2=tf.Gemma2Config, qwen2=tf.Qwen2Config,
-                 deberta=tf.DebertaV2Config, bert=tf.BertConfig)
+                 deberta=tf.DebertaV2Config, bert=tf.BertConfig, qwen3=tf.Qwen3Config, gemma3=tf.Gemma3TextConfig,
+                 smollm3=tf.SmolLM3Config, olmo2=tf.Olmo2Config, granite=tf.GraniteConfig, phi3=tf.Phi3Config,
+                 modernbert=tf.ModernBertConfig, xlmr=tf.XLMRobertaConfig)
     if family in DECODERS: size |= dict(num_key_value_heads=4)
     if family == 'gemma2': size |= dict(head_dim=16)
+    if family in NEW_FAMILIES: size |= _new_family(family)
     if family == 'deberta':
         size |= dict(relative_attention=True, pos_att_type=['p2c', 'c2p'], share_att_key=True, position_buckets=16,
                      norm_rel_ebd='layer_norm', position_biased_input=False, type_vocab_size=0,
                      max_position_embeddings=64)
     return kinds[family](**size | changes)
+
+
+def _new_family(family):
+    "What makes a tiny model of a new `family` one of its kind, in three layers: windows of 6 tokens, grouped queries."
+    kinds = ['sliding_attention', 'full_attention', 'sliding_attention']
+    if family in NEW_DECODERS:
+        own = dict(num_hidden_layers=3, num_key_value_heads=2)
+        if family in ('qwen3', 'gemma3'): own |= dict(head_dim=32)
+        if family in ('gemma3', 'phi3'): own |= dict(sliding_window=6)
+        if family == 'gemma3': own |= dict(layer_types=kinds)
+        if family == 'smollm3': own |= dict(no_rope_layers=[1, 0, 1])
+        if family == 'phi3': own |= dict(bos_token_id=1, eos_token_id=2, rope_parameters=dict(
+            rope_type='default', rope_theta=1e4, partial_rotary_factor=.75), partial_rotary_factor=.75)
+        if family == 'granite': own |= dict(attention_multiplier=.1, residual_multiplier=.22, embedding_multiplier=12.)
+        return own
+    if family == 'modernbert':
+        return dict(num_hidden_layers=3, local_attention=8, global_attn_every_n_layers=3, cls_token_id=1,
+                    bos_token_id=1, sep_token_id=2, eos_token_id=2, attn_implementation='sdpa')
+    return dict(num_hidden_layers=3, bos_token_id=1, eos_token_id=2)
 
 
 def make_backbone(folder, family='llama', seed=0, **changes):

@@ -1,9 +1,12 @@
 "A row that fp16 does not hold costs that row: not its batch, not the loss scale, not the evaluation, not the run."
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from fixtures import make_base, small_run
@@ -16,6 +19,7 @@ from underdog.runfolder import RunFolder, columns
 from underdog.data.competition import LMSYS
 from underdog.text.prompt import PromptConfig
 from underdog.model.settings import ModelConfig
+from underdog.training import record
 from underdog.training.health import Health, Unhealthy
 from underdog.training.loop import fit
 from underdog.training.prepare import describe, prepare
@@ -204,7 +208,9 @@ def test_held_out_rows_without_finite_logits_get_the_best_baseline(recorded, beg
     assert np.isfinite(oof[columns('l', LMSYS)]).all(axis=None)
     assert line['eval_not_finite'] == 2 and np.isfinite(line['eval_loss'])
     assert '2 of them have no finite logits' in capsys.readouterr().out
-    # without any there is nothing to go on with
+    # with less than half of them there is nothing to go on with
+    spoil(training, held[:len(held)//2 + 1])
+    with pytest.raises(Unhealthy, match=f'{len(held)//2 + 1} of {len(held)} held-out rows'): recorder.evaluate(last)
     spoil(training, held)
     with pytest.raises(Unhealthy, match=f'all {len(held)} held-out rows'): recorder.evaluate(last)
 
@@ -295,3 +301,44 @@ def test_two_processes_agree_on_the_probe_and_on_what_is_left_out(world, tmp_pat
     # nothing at all: no weight is changed
     assert out['none']['lost'] == 8 and out['none']['skipped']
     assert out['none']['weights'] == out['one']['weights']
+
+
+def test_weights_that_the_last_step_spoilt_are_not_written(recorded):
+    "Where no row is held out nothing else would show it."
+    recorder = recorded(fold=-1)
+    with torch.no_grad(): recorder.training.model.head.score.weight[0, 0] = float('inf')
+    with pytest.raises(Unhealthy, match='1 of .* trained weights are not finite.*head'): recorder.finish('')
+    assert not recorder.run.trained and recorder.run.status['state'] == 'running'
+
+
+# ---- a full disk
+def full_disk(times, call=lambda *args, **kwargs: None):
+    "`call`, for which the disk is full the first `times` times."
+    failures = iter(range(times))
+    def called(*args, **kwargs):
+        if next(failures, None) is None: return call(*args, **kwargs)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return called
+
+
+def test_a_full_disk_costs_predictions_on_the_way_but_not_the_last_ones(recorded, monkeypatch, capsys):
+    recorder = recorded(evaluations=2)
+    first, last = recorder.training.evaluations
+    monkeypatch.setattr(pd.DataFrame, 'to_parquet', full_disk(9))
+    assert recorder.evaluate(first)
+    assert f'predictions of step {first} were not written' in capsys.readouterr().out
+    assert not recorder.run.oof_file.exists() and 'eval_loss' in recorder.run.metrics()
+    with pytest.raises(OSError, match='No space'): recorder.evaluate(last)
+    assert not list(recorder.run.path.glob('.oof*'))
+
+
+def test_the_older_checkpoint_makes_room_for_the_adapter(recorded, monkeypatch):
+    recorder = recorded()
+    for step in (1, 2): recorder.checkpoints.save(step, dict(step=step))
+    monkeypatch.setattr(record, 'save_adapter', full_disk(9))
+    with pytest.raises(OSError, match='No space'): recorder.finish('')
+    assert recorder.checkpoints.steps() == [2] and recorder.run.status['state'] != 'finished'
+    recorder.checkpoints.save(1, dict(step=1))
+    monkeypatch.setattr(record, 'save_adapter', full_disk(1))
+    recorder.finish('')
+    assert recorder.run.status['state'] == 'finished' and recorder.checkpoints.steps() == []

@@ -262,7 +262,7 @@ def test_parameters_are_read_and_checked(tmp_path):
 
 
 # ---- run folder
-CONFIG = dict(model={}, prompt={}, template_hash='t', base_hash='b', competition='lmsys')
+CONFIG = dict(model=dict(path='m', head='pair'), prompt={}, template_hash='t', base_hash='b', competition='lmsys')
 
 
 def test_run_folder_keeps_status_and_metrics(tmp_path):

@@ -383,6 +383,7 @@ def test_folds_keep_groups_together_and_classes_even(seed, n_folds, n_classes):
     df = frame(prompts, rng.integers(0, n_classes, n), classes)
     folds, groups = make_folds(df, n_folds, seed), prompt_groups(df)
     assert set(folds) == set(range(n_folds)) and np.array_equal(folds, make_folds(df, n_folds, seed))
+    assert np.array_equal(folds, make_folds(df, n_folds, seed, groups))
     assert pd.Series(folds).groupby(groups).nunique().max() == 1
     share = df[classes].groupby(folds).mean()
     assert (share - share.mean()).abs().to_numpy().max() < .12

@@ -20,7 +20,8 @@ from underdog.kernels import run_kernel
 from underdog.runfolder import RunFolder
 
 LINES = ('state', 'template, tokenizer, base', 'versions', 'reload equality', 'validation loss', 'swap consistency')
-COMMAND = [sys.executable, '-c', 'from underdog.console.main import main; main()']
+DOUBTS = ('worth its hours', 'what is read')   # of five steps over the first tokens of rows
+COMMAND = [sys.executable, '-c', '# warm\nfrom underdog.console.main import main; main()']
 
 
 def states(checks): return {c.name: c.state for c in checks}
@@ -38,7 +39,7 @@ def patient(finished, tmp_path):
 
 # ---- a run
 def test_a_well_run_is_green(finished):
-    assert states(run_checks(finished.path)) == dict.fromkeys(LINES, 'ok')
+    assert states(run_checks(finished.path)) == dict.fromkeys(LINES, 'ok') | dict.fromkeys(DOUBTS, 'warn')
 
 
 @slow

@@ -165,6 +165,13 @@ def test_doctor_tells_what_is_wrong(probed, tmp_path, change, state, text):
     assert any(c.state == state and text in c.remedy for c in probe_checks(tmp_path/'probe.json'))
 
 
+@pytest.mark.parametrize('parts', [None, [], dict(machine=3), dict(machine={}), dict(image=dict(state='measured')),
+                                   dict(devices=dict(state='measured', devices=[{}]))])
+def test_a_probe_that_is_not_whole_is_one_message(tmp_path, parts):
+    write_json(tmp_path/'probe.json', {} if parts is None else dict(parts=parts))
+    with pytest.raises(UserError, match='probe.json'): probe_checks(tmp_path/'probe.json')
+
+
 def test_a_plan_wants_a_rate_that_was_measured(probed, tmp_path):
     found = read_json(probed/'probe.json')
     found['parts']['devices'] = dict(state='failed', why='no room')

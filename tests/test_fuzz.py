@@ -63,7 +63,7 @@ def read_adapter(run): load_adapter(run/'adapter')
 def read_blend(run): Blend.load(run/'blend.json')
 
 
-def read_checkpoint(run): return Checkpoints(run/'checkpoint').load()['step'] in (1, 2)
+def read_checkpoint(run): assert Checkpoints(run/'checkpoint').load()['step'] in (1, 2)
 
 
 READERS = {

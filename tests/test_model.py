@@ -284,7 +284,7 @@ def test_stored_head_gives_the_classifiers_logits(tmp_path, family, head):
 
 # ---- save, load, merge
 
-FRESH = """
+FRESH = """# warm
 import sys, torch
 from underdog.model.merge import load_adapter
 from underdog.text.batch import Batch

@@ -220,7 +220,7 @@ def test_unknown_and_wrongly_typed_parameters_are_refused(tmp_path):
 
 def test_the_command_line_says_one_line_and_exits_1(world, tmp_path):
     (tmp_path/'bad.csv').write_text('id,prompt,response_a,response_b\n1,"[""x""","[""y""]","[""z""]"\n')
-    command = [sys.executable, '-c', 'from underdog.console.main import main; main()']
+    command = [sys.executable, '-c', '# warm\nfrom underdog.console.main import main; main()']
 
     def underdog(*args): return subprocess.run([*command, *map(str, args)], capture_output=True, text=True)
 

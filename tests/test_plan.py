@@ -93,7 +93,7 @@ def test_the_choice_is_the_one_that_brute_force_finds(model, card, recipe):
     dict(num_attention_heads=8, num_key_value_heads=2),
 ])
 @pytest.mark.parametrize('dtype,size', [('float32', 4), ('bfloat16', 2)])
-def test_bytes_kept_are_those_that_are_counted(tmp_path, change, dtype, size):
+def test_bytes_kept_are_those_that_are_counted(tmp_path, change, dtype, size, family='llama'):
     import torch
 
     from underdog.model.memory import saved_bytes
@@ -102,12 +102,37 @@ def test_bytes_kept_are_those_that_are_counted(tmp_path, change, dtype, size):
     from underdog.text.pack import pack
     sizes = dict(vocab_size=256, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
                  num_key_value_heads=2, head_dim=64)
-    make_backbone(tmp_path, **sizes | change)
+    if family == 'phi3': del sizes['head_dim']   # it follows from the others
+    make_backbone(tmp_path, family, **sizes | change)
     seg = {k: torch.randint(4, 256, (n,)).tolist() for k, n in dict(prompt=120, a=300, b=300).items()}
     batch = pack([row_layout(dict(start=[1], middle=[2], end=[3]), seg, 'pair')]*3, range(3), [False]*3)
     model = load_model(ModelConfig(str(tmp_path), rank=8, alpha=8., dtype=dtype, quantization='none'))
     counted = saved_bytes(model, batch)[1]/batch.tokens
     assert abs(kept_bytes(model_shape(tmp_path), 8, 420, size)/counted - 1) < .06
+
+
+@pytest.mark.parametrize('family', ['qwen3', 'gemma3', 'olmo2', 'phi3'])
+def test_norms_of_heads_and_fused_matrices_are_counted(tmp_path, family):
+    window = dict(sliding_window=1000) if family in ('gemma3', 'phi3') else {}
+    test_bytes_kept_are_those_that_are_counted(tmp_path, window, 'bfloat16', 2, family)
+
+
+@pytest.mark.parametrize('name,billions', [
+    ('qwen3-0.6b', .44), ('qwen3-4b', 3.6), ('qwen3-8b', 6.95), ('qwen3-14b', 13.2), ('qwen3-32b', 31.2),
+    ('gemma-3-1b', .698), ('mistral-nemo-12b', 10.9)])
+def test_sizes_give_the_parameters_that_the_makers_tell(name, billions):
+    "Without embeddings."
+    assert model_shape(name).linear/1e9 == pytest.approx(billions, rel=.012)
+
+
+@pytest.mark.parametrize('name,billions', [
+    ('llama-3.2-1b', 1.24), ('llama-3.2-3b', 3.21), ('phi-4-mini', 3.84), ('smollm3-3b', 3.08),
+    ('granite-3.3-8b', 8.17), ('granite-3.3-2b', 2.53), ('modernbert-base', .149), ('modernbert-large', .395),
+    ('xlm-roberta-large', .559), ('mdeberta-v3-base', .279)])
+def test_sizes_give_all_parameters(name, billions):
+    "With the embedding, which is also the language models' last layer."
+    shape = model_shape(name)
+    assert (shape.linear + shape.vocab*shape.hidden)/1e9 == pytest.approx(billions, rel=.012)
 
 
 @pytest.mark.parametrize('change', [dict(), dict(hidden_size=512), dict(num_attention_heads=8)])

@@ -5,6 +5,7 @@ import pandas as pd
 from underdog.console.figures import (calibration_error, figure_png, plot_calibration, plot_confusion, plot_intervals,
                                       plot_lengths, plot_loss, plot_probabilities, save_figure)
 from underdog.console.report import run_figures, write_report
+from underdog.core import write_json
 from underdog.data.competition import LMSYS
 from underdog.runfolder import RunFolder
 
@@ -51,5 +52,6 @@ def test_a_run_shows_what_there_is_of_it(finished, tmp_path):
     # stopped before its first step
     finished.copy_to(tmp_path/'run')
     run = RunFolder(tmp_path/'run')
+    write_json(run.config_file, finished.config)
     for file in (run.metrics_file, run.oof_file): file.unlink()
     assert list(run_figures(run, LMSYS)) == ['Lengths']

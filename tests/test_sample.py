@@ -1,5 +1,6 @@
 "The generated competition: its law, its odd rows, its files."
 import json
+from collections import Counter
 
 import numpy as np
 import pandas as pd
@@ -7,8 +8,9 @@ import pytest
 from hypothesis import given, strategies as st
 
 from underdog.core import UserError
-from underdog.data.answers import TOPICS, davidson
+from underdog.data.answers import davidson
 from underdog.data.competition import LMSYS
+from underdog.data.facts import all_facts
 from underdog.data.folds import find_duplicates, labels_of, make_folds, swap_probs
 from underdog.data.metrics import expected_loss
 from underdog.data.rows import TEXTS, read_rows
@@ -146,6 +148,26 @@ def test_too_few_rows(n):
     with pytest.raises(UserError, match='at least'): make_sample(*n)
 
 
-def test_words_of_a_topic_are_its_own():
-    words = [w for things in TOPICS.values() for w in things]
-    assert len(set(words)) == len(words)   # else an answer about something else could pass as on topic
+# ---- the facts: only fit to the prompt tells
+
+def test_every_answer_is_as_often_right_as_wrong():
+    right, wrong = Counter(), Counter()
+    for fact in all_facts():
+        right[fact.answer, fact.sayings] += 1
+        for other in fact.others: wrong[other, fact.sayings] += 1/len(fact.others)
+    assert set(right) == set(wrong)
+    for answer, n in right.items(): assert abs(wrong[answer] - n) < 1e-9, answer
+
+
+def test_a_fact_is_asked_once_so_that_held_out_prompts_are_new(sample):
+    facts = {fact.question for fact in all_facts()}
+    assert len(facts) == len(all_facts()) > 500
+    assert np.mean([turns[-1] in facts for turns in sample.train['prompt']]) > .98
+
+
+def test_letters_of_the_question_do_not_tell_the_answer():
+    def grams(text): return {text.lower()[i:i + 4] for i in range(len(text) - 3)}
+    def overlap(fact, answer): return len(grams(fact.question) & grams(answer))
+    right = np.mean([overlap(fact, fact.answer) for fact in all_facts()])
+    wrong = np.mean([np.mean([overlap(fact, other) for other in fact.others]) for fact in all_facts()])
+    assert right < wrong + .02, (right, wrong)

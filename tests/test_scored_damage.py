@@ -1,12 +1,12 @@
 "A scored run with a damaged test file, sample, run or base ends with a valid submission: nobody can mend it there."
-import csv
-import io
 import shutil
 import signal
+import sys
 from dataclasses import dataclass
 
 import pandas as pd
 import pytest
+from conftest import REPO
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +18,10 @@ from underdog.data.submission import check_submission, wanted_ids
 from underdog.inference import scored
 from underdog.inference.settings import InferConfig
 
-TEXTS = ['prompt', 'response_a', 'response_b']
+sys.path.insert(0, str(REPO))
+from benchmarks.siege_damage import HEADERS, damaged_rows   # noqa: E402
+from benchmarks.siege_scored import SAMPLES, damaged_sample   # noqa: E402
+
 SOME = settings(max_examples=25, deadline=None,
                 suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 
@@ -54,38 +57,11 @@ class Files:
 
 
 # ---- the hidden file
-CELLS = st.sampled_from(['', '[]', '[1]', 'null', 'plain text', '{"a": 1}', '[["x"]]', '["x', '[null]', '["x", "y"]',
-                         '[1e999]', '['*2000, '"x"', '\\ud800', '["\\ud800"]']) | st.text(max_size=8)
-IDS = st.sampled_from(['', 'nan', '1.0', '007', ' 7 ', '1e3', '-1', 'x', '7', '99999999999999999999'])
-
-
-@st.composite
-def damaged(draw, content):
-    "The bytes of a test file with faults below its header."
-    header, *rows = csv.reader(io.StringIO(content))
-    for _ in range(draw(st.integers(1, 4))):
-        row = draw(st.integers(0, len(rows) - 1))
-        kind = draw(st.sampled_from(['cell', 'id', 'short', 'long', 'twice', 'gone']))
-        if kind == 'gone' and len(rows) > 1: rows.pop(row)
-        elif kind == 'twice': rows.append(rows[row])
-        elif kind == 'short': rows[row] = rows[row][:draw(st.integers(0, 3))]
-        elif kind == 'long': rows[row] = rows[row] + ['more']
-        elif kind == 'id' and rows[row]: rows[row] = [draw(IDS), *rows[row][1:]]
-        elif len(rows[row]) == 4: rows[row] = [*rows[row][:-1], draw(CELLS)]
-    out = io.StringIO()
-    csv.writer(out).writerows([header, *rows])
-    raw = out.getvalue().encode('utf-8', 'surrogatepass')
-    # bytes that are no UTF-8, an open quote, a file cut off
-    at = draw(st.integers(len(','.join(header)) + 2, len(raw)))
-    return raw[:at] + draw(st.sampled_from([b'', b'\xe9', b'"', b'\0', b'\xff\xfe', b'\r', b'\n,,\n'])) \
-        + (raw[at:] if draw(st.booleans()) else b'')
-
-
 @SOME
 @given(st.data())
 def test_a_damaged_hidden_file_costs_its_rows_only(world, finished, in_a_scored_run, tmp_path, data):
     files = Files.copied(world, tmp_path/'files')
-    files.test.write_bytes(data.draw(damaged((world/'test.csv').read_text())))
+    files.test.write_bytes(data.draw(damaged_rows((world/'test.csv').read_text())))
     assert files.submit(finished.path) == wanted_ids(world/'sample_submission.csv')
 
 
@@ -114,8 +90,7 @@ def test_elsewhere_each_of_these_is_an_error_with_its_row(world, finished, tmp_p
     with pytest.raises(UserError, match=r'row 4 \(id .*column response_a'): files.submit(finished.path)
 
 
-@pytest.mark.parametrize('content', [
-    b'', b'id\n', b'\x89PNG\r\n', b'a,b\n1,2\n', b'id,prompt\n1,x\n', b'\xff\xfei\0d\0\n\0'])
+@pytest.mark.parametrize('content', HEADERS)
 def test_a_hidden_file_without_its_header_leaves_the_sample_with_the_prior(
     world, finished, in_a_scored_run, tmp_path, content,
 ):
@@ -127,21 +102,10 @@ def test_a_hidden_file_without_its_header_leaves_the_sample_with_the_prior(
 
 
 # ---- the sample
-@pytest.mark.parametrize('change', [
-    'more', 'less', 'floats', 'twice', 'turned', 'garbage', 'gone', 'columns', 'empty', 'commas'])
+@pytest.mark.parametrize('change', SAMPLES)
 def test_a_damaged_sample_still_says_which_ids_are_wanted(world, finished, in_a_scored_run, tmp_path, change):
     files = Files.copied(world, tmp_path/'files')
-    table = pd.read_csv(files.sample, dtype=str)
-    of_the_test = wanted_ids(files.test)
-    one_more = pd.DataFrame([['4242', '1', '0', '0']], columns=table.columns)
-    tables = dict(more=pd.concat([table, one_more]), less=table[1:], floats=table.assign(id=table['id'] + '.0'),
-                  twice=pd.concat([table, table[:2]]), turned=table[::-1], columns=table[['id']], empty=table[:0])
-    if change in tables: tables[change].to_csv(files.sample, index=False)
-    elif change == 'gone': files.sample.unlink()
-    elif change == 'commas':
-        files.sample.write_text(files.sample.read_text().replace('\n', ',\n').replace(',\n', '\n', 1))
-    else: files.sample.write_bytes(b'\x89PNG\r\n\0\xff')
-    wanted = list(dict.fromkeys(tables[change]['id'])) if change in tables and change != 'empty' else of_the_test
+    wanted = damaged_sample(files.sample, change, wanted_ids(files.test))
     assert files.submit(finished.path) == wanted
 
 

@@ -240,7 +240,7 @@ def test_the_first_submission_waits_for_no_library_of_the_models(world, finished
     assert check_submission(out, LMSYS) == 20
 
 
-INFERENCE = '''
+INFERENCE = '''# warm
 import sys
 from underdog.inference.scored import predict
 from underdog.inference.settings import InferConfig
@@ -259,7 +259,7 @@ def start_inference(run, test_csv, sample, out):
 @pytest.fixture(scope='session')
 def large(tmp_path_factory):
     "A test file that takes a while."
-    return write_sample(tmp_path_factory.mktemp('large'), n_train=20, n_test=160)
+    return write_sample(tmp_path_factory.mktemp('large'), n_train=20, n_test=96)
 
 
 def until_answers(out, process):
@@ -288,12 +288,12 @@ def test_whatever_ends_it_the_submission_is_valid_and_a_new_start_goes_on(world,
         for p in [*psutil.Process(process.pid).children(recursive=True), process]: p.kill()
     process.communicate(timeout=60)
     assert process.returncode == (0 if end == 'SIGTERM' else -signal.SIGKILL)
-    assert check_submission(out/'submission.csv', LMSYS, sample) == 160
+    assert check_submission(out/'submission.csv', LMSYS, sample) == 96
     assert before <= answered(out)
     # left alone
     done = start()
     text = done.communicate(timeout=300)[0]
-    assert done.returncode == 0 and 'earlier answers' in text and answered(out) == 160
+    assert done.returncode == 0 and 'earlier answers' in text and answered(out) == 96
     whole = predictions(finished.path, large['test.csv'], tmp_path/'whole')
     table = pd.read_parquet(out/'predictions.parquet')
     np.testing.assert_allclose(probabilities(table), probabilities(whole), atol=1e-4)
@@ -307,7 +307,7 @@ def test_a_killed_worker_is_replaced(world, finished, large, tmp_path):
     workers = [p for p in child.children() if 'spawn_main' in ' '.join(p.cmdline())]
     if workers: workers[-1].kill()
     text = process.communicate(timeout=300)[0]
-    assert process.returncode == 0 and answered(tmp_path/'out') == 160
+    assert process.returncode == 0 and answered(tmp_path/'out') == 96
     assert not workers or 'it starts again' in text
 
 
@@ -321,7 +321,7 @@ def test_what_a_killed_parent_leaves_ends_and_the_folder_is_free(world, finished
     gone, alive = psutil.wait_procs(left, timeout=30)
     assert left and not alive
     with locked(out): pass
-    assert check_submission(out/'submission.csv', LMSYS, large['sample_submission.csv']) == 160
+    assert check_submission(out/'submission.csv', LMSYS, large['sample_submission.csv']) == 96
 
 
 def test_the_second_of_two_starts_is_refused(world, finished, tmp_path):

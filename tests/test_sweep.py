@@ -35,7 +35,8 @@ for i in range(done, 3):
         break
 (run/'status.json').write_text(json.dumps(dict(state=state, step=30, of=30)))'''
 # a sweep in a process of its own: its arguments are the file and the folder
-CODE = '''import sys
+CODE = '''# warm
+import sys
 from underdog.search.sweep import read_sweep
 from underdog.search.trials import run_sweep
 run_sweep(read_sweep(sys.argv[1]), sys.argv[2], say=lambda s: print(s, flush=True))'''
@@ -247,7 +248,7 @@ def test_the_journal_of_another_sweep_or_of_nothing_is_refused(tmp_path, kernel)
 
 def test_the_command(tmp_path, kernel):
     file = write(tmp_path, kernel, trials=2)
-    out, code = tmp_path/'out', 'from underdog.console.main import main; main()'
+    out, code = tmp_path/'out', '# warm\nfrom underdog.console.main import main; main()'
     command = [sys.executable, '-c', code, 'sweep', str(file), '--out', str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and 'best first' in done.stdout, done.stderr

@@ -29,7 +29,8 @@ from underdog.search.lengths import lmsys_lengths
 from underdog.search.recipe import Recipe
 from underdog.search.shapes import accelerator, model_shape
 
-TYPES = {'gemma-2-9b': 'gemma2', 'gemma-2-2b': 'gemma2', 'mistral-7b': 'mistral', 'llama-3-8b': 'llama'}
+TYPES = {'gemma-2-9b': 'gemma2', 'gemma-2-2b': 'gemma2', 'mistral-7b': 'mistral', 'llama-3-8b': 'llama',
+         'qwen3-8b': 'qwen3'}
 LONGEST = 1024   # tokens of a sequence
 
 
@@ -160,6 +161,10 @@ def test_eight_layers_take_what_the_plan_says(name, rank, recomputed):
     parts = planned(shape, recipe, make_batch(2048)[0].tokens, recomputed)
     peak = traced_peak(shape, recipe, 2048, recomputed, on_card=parts['embedding'] > 0)
     assert sum(parts.values())/peak == pytest.approx(1, abs=.1)
+
+
+def test_norms_of_heads_are_planned():
+    test_eight_layers_take_what_the_plan_says('qwen3-8b', 16, 5)
 
 
 @pytest.mark.parametrize('name', sorted(TYPES))

@@ -10,7 +10,7 @@ import math, os, signal, subprocess, sys, threading, time, traceback
 from contextlib import contextmanager
 from pathlib import Path
 
-from .core import UserError
+from .core import UserError, disk_full, first_line
 from .machine import gpu_count, library_root
 from .session import SessionConfig
 
@@ -47,6 +47,28 @@ def _environment(processes, machines=1):
     env['PYTHONPATH'] = os.pathsep.join([str(library_root()), env.get('PYTHONPATH', '')])
     return env
 
+# %% ../../nbs/03_process.ipynb #207c4456
+class _Lossy:
+    "The text stream `stream`, but what a full disk has no room for is dropped: no work is lost for its log."
+    def __init__(self, stream): self._stream = stream
+
+    def __getattr__(self, name): return getattr(self._stream, name)
+
+    def _without_room(self, call, *args):
+        try: return call(*args)
+        except OSError as e:
+            if not disk_full(e): raise
+
+    def write(self, text):
+        self._without_room(self._stream.write, text)
+        return len(text)
+
+    def flush(self): self._without_room(self._stream.flush)
+
+def _drop_unprintable():
+    "From here on this process does not fail as what it prints goes to a file on a full disk."
+    sys.stdout, sys.stderr = _Lossy(sys.stdout), _Lossy(sys.stderr)
+
 # %% ../../nbs/03_process.ipynb #dd1b1a6f
 def launch(module, args, log_file, session=SessionConfig(), stop_file=None, keep=(), end=math.inf):
     """Run `python -m module args` as a child; returns (exit code, end of its output).
@@ -64,14 +86,14 @@ def launch(module, args, log_file, session=SessionConfig(), stop_file=None, keep
 
 def _follow(child, shown, end):
     "Show what the child writes until it ends, by itself or killed at `end`; returns the last of it."
-    tail = b''
+    tail, out = b'', _Lossy(sys.stdout)
     while True:
         ended = child.poll() is not None   # looked at before the last read, or its last words would be lost
         chunk = shown.read()
         if chunk:
             tail = (tail + chunk)[-4000:]
-            sys.stdout.write(chunk.decode('utf-8', 'replace'))
-            sys.stdout.flush()
+            out.write(chunk.decode('utf-8', 'replace'))
+            out.flush()
         elif ended: return tail.decode('utf-8', 'replace')
         elif time.monotonic() > end: os.killpg(child.pid, signal.SIGKILL)
         else: time.sleep(.05)
@@ -98,9 +120,11 @@ def _forwarding(child, stop_file):
 def run_worker(work, *args, failed=lambda reason: None):
     """Call `work(*args)`, for the end of a module: a failure calls `failed(reason)` and is exit code 1.
 
-    A `UserError` prints one line, everything else its traceback, too."""
+    A `UserError` and a full disk print one line, everything else its traceback, too."""
+    _drop_unprintable()
     try: work(*args)
     except Exception as e:
+        if disk_full(e): e = UserError(f'the disk is full ({first_line(e)}); free some space and start it again')
         reason = str(e) if isinstance(e, UserError) else f'{type(e).__name__}: {e}'
         if not isinstance(e, UserError): traceback.print_exc()
         print(f'underdog: {reason}', flush=True)

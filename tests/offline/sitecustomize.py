@@ -46,3 +46,18 @@ if os.environ.get('UNDERDOG_TEST_KERNEL'): _hide_checkout(os.environ['UNDERDOG_K
 # pip, which runs often, has nothing to say to Kaggle
 _program = os.path.basename(sys.argv[0]) if getattr(sys, 'argv', None) else ''
 if os.environ.get('KAGGLE_LOOPBACK') and _program != 'pip': _redirect_client(os.environ['KAGGLE_LOOPBACK'])
+
+
+def _start_warm():
+    "Processes that this one starts begin where their imports end, where they can (warm.py)."
+    import _posixsubprocess
+    start = _posixsubprocess.fork_exec
+    def fork_exec(*args):
+        import warm
+        return warm.SERVER.fork_exec(start, *args)
+    if start.__name__ == fork_exec.__name__ and hasattr(start, '__code__'): return   # so it is already
+    _posixsubprocess.fork_exec = fork_exec
+    if 'subprocess' in sys.modules: sys.modules['subprocess']._fork_exec = fork_exec
+
+
+if not os.environ.get('UNDERDOG_COLD'): _start_warm()

@@ -13,7 +13,7 @@ from ..core import UserError, append_line, build_id, file_hash, first_line, read
 from ..machine import gpu_count, kaggle_root
 from ..kaggle.wheels import installed_image, kaggle_image
 from ..search.ceilings import NotMeasured, measure_ceiling
-from ..search.measured import part_of, read_measured
+from ..search.measured import part_of, read_measured, whole_probe
 from .doctor import Check
 
 # %% ../../../nbs/8_console/01a_findings.ipynb #d0c19cfb
@@ -132,8 +132,11 @@ def _measured(measure):
 # %% ../../../nbs/8_console/01a_findings.ipynb #a59c0691
 def probe_checks(path):
     "The `Check`s of a probe.json."
-    probe = read_record(path, parts=dict)
-    checks = []
+    with whole_probe(path): return _checks_of(path)
+
+def _checks_of(path):
+    "As `probe_checks`, with whatever error a file that is not whole brings about."
+    probe, checks = read_record(path, parts=dict), []
     for name, part in probe['parts'].items():
         if part['state'] == 'failed': checks.append(Check(name, 'fail', part['why'], 'probe.log has all of it'))
         elif part['state'] != 'measured': checks.append(Check(name, 'skip', f"not measured: {part['why']}"))

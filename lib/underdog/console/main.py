@@ -6,13 +6,14 @@
 __all__ = ['app', 'main']
 
 # %% ../../../nbs/8_console/09_main.ipynb #0f17e4b3
-import sys
+import os, sys
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from ..core import UserError
+from ..core import UserError, disk_full
+from ..kernels import KernelFailed
 from .commands import LOCAL
 from .planning import AHEAD
 from .probe import probe
@@ -44,11 +45,16 @@ def _options(
 ): pass
 
 # %% ../../../nbs/8_console/09_main.ipynb #ac1a9fc6
-def main():
-    "Entry point of the console command `underdog`."
-    try: app()
-    except (UserError, OSError) as e:
-        Console(stderr=True).print(f'[bold red]underdog:[/] {escape(str(e))}', soft_wrap=True, highlight=False)
+def main(args=None):
+    "Entry point of the console command `underdog`; `args`: its arguments, those of the process if left out."
+    if sys.stdout is None: sys.stdout = open(os.devnull, 'w')   # it was closed before
+    try: app(args)
+    except Exception as e:
+        # a full disk is told by errors of many kinds; anything else is a fault of ours, with its traceback
+        if not isinstance(e, (UserError, OSError, KernelFailed)) and not disk_full(e): raise
+        gone = isinstance(e, FileNotFoundError) and not e.filename   # as `Path.cwd` raises it
+        text = 'the working folder is gone; cd to one that is there' if gone else str(e)
+        Console(stderr=True).print(f'[bold red]underdog:[/] {escape(text)}', soft_wrap=True, highlight=False)
         sys.exit(1)
     except KeyboardInterrupt: sys.exit(130)   # as a shell has it: 128 and the number of SIGINT
 

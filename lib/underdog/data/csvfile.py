@@ -11,7 +11,7 @@ from collections import Counter
 
 import pandas as pd
 
-from ..core import UserError
+from ..core import UserError, regular
 
 # %% ../../../nbs/1_data/01_csvfile.ipynb #bca35c1c
 _SURROGATE = re.compile('[\ud800-\udfff]')
@@ -48,6 +48,8 @@ def _check_head(head, path):
     for magic, what in _NOT_CSV.items():
         if head.startswith(magic): raise UserError(f'{path}: not csv but {what}')
     # a byte order mark, or text in which every other byte is 0
+    wide = head[:4] in (b'\xff\xfe\0\0', b'\0\0\xfe\xff') or head[1:4] == b'\0\0\0' or head[:3] == b'\0\0\0'
+    if wide: raise UserError(f'{path}: encoded as UTF-32; convert it: iconv -f UTF-32 -t UTF-8')
     if head[:2] in (b'\xff\xfe', b'\xfe\xff') or b'\0' in head[:4]:
         raise UserError(f'{path}: encoded as UTF-16; convert it: iconv -f UTF-16 -t UTF-8')
 
@@ -87,7 +89,7 @@ def _csv_rows(path):
 
 def read_cells(path):
     "DataFrame of the cells of a file as they stand there: strings of a csv, objects of a parquet file."
-    if not path.is_file(): raise UserError(f'{path}: a folder; name the csv file in it')
+    regular(path)
     if path.suffix.lower() == '.parquet':
         try: return pd.read_parquet(path)
         except Exception as e:

@@ -54,22 +54,31 @@ def _deal(counts, order, n_folds):
     """The fold (G,) of each group, from its rows by class, `counts` (G, C).
 
     Largest groups first, in `order` among equals, each to the fold that has least of the classes it brings."""
-    folds, held = np.empty(len(counts), int), np.zeros((n_folds, counts.shape[1]))
-    total = np.maximum(1, counts.sum(0))
-    for g in sorted(order, key=lambda g: -counts[g].sum()):
+    folds, total = np.empty(len(counts), int), np.maximum(1, counts.sum(0)).tolist()
+    held, sizes = [[0]*len(total) for _ in range(n_folds)], [0]*n_folds
+    largest_first = sorted(order, key=(-counts.sum(1)).tolist().__getitem__)
+    # plain numbers: most groups are one row, for which an array costs ten times as much
+    counts = counts.tolist()
+    for g in largest_first:
+        brought = [(c, n) for c, n in enumerate(counts[g]) if n]
         # among folds that need its classes alike, the one with fewest rows
-        folds[g] = np.argmin(held/total @ counts[g] + 1e-9*held.sum(1))
-        held[folds[g]] += counts[g]
+        needs = [sum(held[k][c]/total[c]*n for c, n in brought) + 1e-9*sizes[k] for k in range(n_folds)]
+        k = folds[g] = needs.index(min(needs))
+        for c, n in brought:
+            held[k][c] += n
+            sizes[k] += n
     return folds
 
-def make_folds(df, n_folds=5, seed=0):
+def make_folds(df, n_folds=5, seed=0, groups=None):
     """Int array (n,) with the fold of each row: rows of one prompt together, classes spread evenly.
 
-    It depends on prompts, outcomes and `seed` alone. `UserError` where a fold would lack a class."""
+    It depends on prompts, outcomes and `seed` alone. `groups`: what `prompt_groups` says, if it was asked. `UserError`
+    where a fold would lack a class."""
     classes = [c for c in ('a', 'b', 'tie') if c in df.columns]
     if not classes:
         raise UserError('folds need labelled rows (they are stratified by outcome); give a file with its label columns')
-    groups, outcome = prompt_groups(df), df[classes].to_numpy().argmax(1)
+    if groups is None: groups = prompt_groups(df)
+    outcome = df[classes].to_numpy().argmax(1)
     totals = {c: (outcome == j).sum() for j, c in enumerate(classes)}
     _check_foldable(_file(df), groups.max() + 1, totals, n_folds)
 

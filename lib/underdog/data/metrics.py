@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['softmax', 'row_log_loss', 'log_loss', 'accuracy', 'expected_loss', 'bootstrap_ci', 'paired_ci', 'score_table',
-           'apply_temperature', 'fit_temperature']
+           'Margin', 'best_margin', 'apply_temperature', 'fit_temperature']
 
 # %% ../../../nbs/1_data/04_metrics.ipynb #9d04e12a
+from typing import NamedTuple
+
 import numpy as np
 import pandas as pd
 
@@ -60,6 +62,27 @@ def score_table(y, predictions, groups=None):
     "DataFrame (name, loss, low, high, accuracy) of named predictions on the same rows, with 95 % intervals."
     scores = [(name, log_loss(y, p), *bootstrap_ci(y, p, groups), accuracy(y, p)) for name, p in predictions.items()]
     return pd.DataFrame(scores, columns=['name', 'loss', 'low', 'high', 'accuracy'])
+
+# %% ../../../nbs/1_data/04_metrics.ipynb #10c6149a
+class Margin(NamedTuple):
+    "How much better a prediction is than another one on the same rows."
+    over: str     # name of the other
+    gain: float   # the other's log loss less its own: above 0, it is better
+    low: float    # 95 % interval
+    high: float
+
+    def __str__(self):
+        how = 'cannot be told from'
+        if self.low > 0: how = 'beats'
+        if self.high < 0: how = 'is worse than'
+        span = f'{self.gain:+.4f} [{self.low:+.4f}, {self.high:+.4f}]'
+        return f'{how} its best baseline, {self.over}: {span} of log loss'
+
+def best_margin(y, p, baselines, groups=None):
+    "The `Margin` of `p` (n, C) over the best of the `baselines` {name: (n, C)}; rows of a prompt have one of `groups`."
+    best = min(baselines, key=lambda name: log_loss(y, baselines[name]))
+    worse, low, high = paired_ci(y, p, baselines[best], groups)
+    return Margin(best, -worse, -high, -low)
 
 # %% ../../../nbs/1_data/04_metrics.ipynb #48f64db6
 def apply_temperature(p, t):

@@ -112,12 +112,15 @@ def _labels(table, comp, path):
                             'mend the labels')
     return y/y.sum(1, keepdims=True)
 
+_NUMBER = re.compile(r'[+-]?([0-9]+[.]?[0-9]*|[.][0-9]+)([eE][+-]?[0-9]+)?')
+
 def _shares(table, column, path):
     "The numbers (n,) of a label column."
     shares = []
     for i, cell in enumerate(table[column], 1):
-        try: share = float(cell)
-        except (TypeError, ValueError): share = np.nan
+        # a number as it stands in files: Python's own reading takes 1_0 and digits of any script
+        try: share = np.nan if isinstance(cell, str) and not _NUMBER.fullmatch(cell.strip()) else float(cell)
+        except (TypeError, ValueError, OverflowError): share = np.nan
         if not 0 <= share <= 1:
             raise UserError(f"{_where(table, i, path)}, column {column}: '{printable(cell)}'; "
                             'a number from 0 to 1 is wanted')

@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 
 from ..core import UserError, atomic_path, write_json
-from .answers import QUESTIONS, TOPICS, davidson, draw_answer
+from .answers import davidson, draw_pair
 from .competition import LMSYS
+from .facts import all_facts
 from .metrics import expected_loss
 from .rows import TEXTS, write_rows
 
@@ -54,8 +55,8 @@ def _odd_characters(df):
     _put(df, 10, response_a=[a[10][0] + code], response_b=[b[10][0] + code])
     _put(df, 11, response_a=['- ' + a[11][0] + '\n- **That is all.**\n'])
 
-def _repeated_rows(df, s, rng):
-    "Rows 12 to 18: a comparison again, as it is and with A and B exchanged; a prompt that has several rows."
+def _repeated_rows(df, s, fact, rng):
+    "Rows 12 to 18: a comparison again, also with A and B exchanged; three rows of the prompt of row 16, about `fact`."
     prompt, a, b = (df[c].tolist() for c in TEXTS)
     # row 13 is row 12 exchanged, row 15 is row 14
     _put(df, 13, prompt=prompt[12], response_a=b[12], response_b=a[12])
@@ -63,14 +64,10 @@ def _repeated_rows(df, s, rng):
     _put(df, 15, prompt=prompt[14], response_a=a[14], response_b=b[14])
     s[15] = s[14]
     # rows 17 and 18 answer the question of row 16
-    question = prompt[16]
-    topic = next(t for t in TOPICS if t in question[0])
     for i in (17, 18):
-        _put(df, i, prompt=question)
-        for j, column in enumerate(('response_a', 'response_b')):
-            answer = draw_answer(topic, rng)
-            _put(df, i, **{column: [answer.text]})
-            s[i, j] = answer.quality
+        a, b = draw_pair(fact, rng)
+        _put(df, i, prompt=prompt[16], response_a=[a.text], response_b=[b.text])
+        s[i] = a.quality, b.quality
 
 # %% ../../../nbs/1_data/06_sample.ipynb #754732e3
 @dataclass(frozen=True)
@@ -88,29 +85,29 @@ class Sample:
         "The least log loss that can be expected on the training rows."
         return expected_loss(self.true_train)
 
-def _question(topic, rng):
-    "A question about `topic`; most have a number, so that prompts differ."
-    question = rng.choice(QUESTIONS).format(topic)
-    return question + (f' (#{rng.integers(1, 1000)})' if rng.random() < .8 else '')
+def _facts(n, rng):
+    "`n` facts in any order; one comes again when all have come."
+    facts = all_facts()
+    rounds = [rng.permutation(len(facts)) for _ in range(-(-n//len(facts)))]
+    return [facts[i] for i in np.concatenate(rounds)[:n]]
 
 def _rows(n, rng, odd):
     "(rows, true probabilities (n, 3)) of `n` comparisons; with `odd` the first become the odd ones."
     # texts and their qualities
-    topics = rng.choice(list(TOPICS), n)
-    prompts = [[_question(topic, rng)] for topic in topics]
-    pairs = [(draw_answer(topic, rng), draw_answer(topic, rng)) for topic in topics]
+    facts = _facts(n, rng)
+    pairs = [draw_pair(fact, rng) for fact in facts]
     df = pd.DataFrame({
         'id': rng.choice(2**32, n, replace=False),
         'model_a': rng.choice(['model-x', 'model-y', 'model-z'], n),
         'model_b': 'model-w',
-        'prompt': pd.Series(prompts, dtype=object),
+        'prompt': pd.Series([[fact.question] for fact in facts], dtype=object),
         'response_a': pd.Series([[a.text] for a, _ in pairs], dtype=object),
         'response_b': pd.Series([[b.text] for _, b in pairs], dtype=object)})
     s = np.array([[a.quality, b.quality] for a, b in pairs])
     if odd:
         _odd_turns(df, s)
         _odd_characters(df)
-        _repeated_rows(df, s, rng)
+        _repeated_rows(df, s, facts[16], rng)
 
     # who wins, by the law
     true = davidson(*s.T)

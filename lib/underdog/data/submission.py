@@ -11,14 +11,14 @@ import re
 import numpy as np
 import pandas as pd
 
-from ..core import UserError, atomic_path
+from ..core import UserError, atomic_path, regular
 from ..machine import resolve_input
 from .csvfile import mend_cells
 
 # %% ../../../nbs/1_data/08_submission.ipynb #4ed28ac6
 def _sample_ids(sample, comp):
     "Ids of a sample submission, as strings; its columns must be the competition's."
-    sample = resolve_input(sample)
+    sample = regular(resolve_input(sample))
     try: table = pd.read_csv(sample, dtype=str, keep_default_na=False)
     except (ValueError, OSError) as e:
         raise UserError(f'{sample}: not readable as csv ({e}); download sample_submission.csv again') from None

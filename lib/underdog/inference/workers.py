@@ -139,6 +139,7 @@ class Workers:
     def __init__(self, start, devices):
         self.start, self.devices, self.began = start, devices, time.monotonic()
         self.alive, self.reasons = {}, []   # connection -> _Worker; why the others ended
+        self.hopeless = True                # was each of these a mistake of the user's?
         self.load_s = self.busy_s = 0.
         for number in range(len(devices)): self._start(number)
 
@@ -176,7 +177,7 @@ class Workers:
         """Compute every part; `done(i, result)` is called for each as it comes.
 
         Parts that by their `costs` cannot be done until `end`, a time.monotonic, are left out. Returns the numbers of
-        the parts that took two workers with them; `RuntimeError` when no worker is left."""
+        the parts that took two workers with them. When no worker is left it is a `RuntimeError`, or a `UserError`."""
         costs = [1]*len(parts) if costs is None else costs
         run = _Run(parts=parts, costs=costs, end=end, done=done, log=log)
         queue = run.queue
@@ -184,7 +185,7 @@ class Workers:
             # give work to all that have loaded
             for connection, worker in self.alive.items():
                 if worker.ready: self._feed(connection, run)
-            if not self.alive: raise RuntimeError(self._none_left(run))
+            if not self.alive: raise self._none_left(run)
             # nothing fits into the time that is left?
             if not self._loading() and not any(queue.held.values()): break
             # listen until somebody says something, or the time is up
@@ -235,6 +236,7 @@ class Workers:
         worker.process.join(10)
         reason = message.reason or f'ended with code {worker.process.exitcode}'
         self.reasons.append(f'worker {worker.number} on {self.devices[worker.number]}: {reason}')
+        self.hopeless &= message.hopeless
         back = run.queue.hand_back(connection)
         dropped = len(run.queue.dropped)
         # one that could not load would not load again
@@ -246,8 +248,9 @@ class Workers:
         run.log(text, flush=True)
 
     def _none_left(self, run):
-        return (f'no worker is left, {run.queue.left} of {len(run.parts)} parts are not computed: '
-                + '; '.join(self.reasons))
+        kind = UserError if self.hopeless else RuntimeError
+        return kind(f'no worker is left, {run.queue.left} of {len(run.parts)} parts are not computed: '
+                    + '; '.join(self.reasons))
 
     def _stop(self, run):
         "The time is up: kill what is at work or still loading."

@@ -16,7 +16,6 @@ from ..core import UserError, first_line
 from ..machine import quiet, resolve_input
 from .folder import backbone_config, weight_files
 from .planner import attention_of
-from .read_layer import READ_TYPES
 from .settings import CHOICES, compute_dtype
 
 # %% ../../../nbs/3_model/06_backbone.ipynb #4a9fd35d
@@ -101,6 +100,7 @@ def host_embedding(embedding):
     embedding.forward = lookup
 
 # %% ../../../nbs/3_model/06_backbone.ipynb #20cd549e
+_LIGER = ('llama', 'mistral', 'qwen2', 'gemma2')   # model types with which its kernels were tried
 _GATES = dict(silu='swiglu', swish='swiglu', gelu_pytorch_tanh='geglu')   # what Liger calls an MLP with this activation
 
 def _use_liger(backbone, device):
@@ -108,7 +108,7 @@ def _use_liger(backbone, device):
 
     None of them holds a matrix product, so they suit a T4, too."""
     config = backbone.config
-    if device.type != 'cuda' or config.model_type not in READ_TYPES: return False
+    if device.type != 'cuda' or config.model_type not in _LIGER: return False
     try: import liger_kernel.transformers as liger
     except ImportError: return False
     apply = getattr(liger, f'apply_liger_kernel_to_{config.model_type}', None)

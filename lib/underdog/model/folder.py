@@ -60,7 +60,7 @@ def backbone_config(path, layers=0):
     # one stack of layers that reads text
     if config.is_encoder_decoder or config.get_text_config() is not config:
         raise UserError(f'{path}: {config.model_type} is not a plain text encoder or decoder; take one, such as '
-                        'Gemma-2, Llama, Mistral, Qwen2 or DeBERTa')
+                        'Qwen3, Llama, Mistral, Gemma-2, Gemma-3 (text), ModernBERT or DeBERTa')
     # as many layers as wanted; nothing is generated, so nothing is cached
     if layers:
         if layers > config.num_hidden_layers:

@@ -7,7 +7,7 @@ __all__ = ['Operators', 'check_schema', 'aten_operators', 'How', 'in_one_launch'
 
 # %% ../../../nbs/3_model/12_varlen.ipynb #6b4570df
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -49,8 +49,18 @@ def aten_operators():
 class Moved(NamedTuple):
     "Keys that are seen as if they stood later."
     tokens: torch.Tensor   # (M,) int64
-    cos: torch.Tensor      # (M, 1, D) float32: of the angle that each is turned by
-    sin: torch.Tensor
+    by: torch.Tensor       # (M,) int64: positions
+    turns: dict            # name of frequencies -> cos and sin (M, 1, D) float32 of the angles, each made once
+
+    def turned(self, key, plan, rotary):
+        "These of the keys (1, T, H, D) where they are seen; `rotary` names their frequencies, '' for none."
+        key = key.index_select(1, self.tokens)
+        if not rotary: return key
+        if rotary not in self.turns:
+            angle = self.by[:, None, None]*plan.cache[rotary].to(key.device).float()
+            angle = torch.cat((angle, angle), -1)
+            self.turns[rotary] = angle.cos(), angle.sin()
+        return rotate(key.float(), *self.turns[rotary]).to(key.dtype)
 
 @dataclass(frozen=True)
 class Launch:
@@ -81,14 +91,12 @@ def _keys_of(plan):
 
 def _starts(lengths): return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
 
-def _moved_keys(keys, plan, device):
+def _moved_keys(keys, device):
     "The `Moved` of a plan's keys; None if there are none."
     which = np.flatnonzero(keys.moved)
     if not len(which): return None
-    by = torch.from_numpy(keys.moved[which]).to(device)
-    angle = by[:, None, None]*plan.cache['inv_freq'].to(device).float()
-    angle = torch.cat((angle, angle), -1)
-    return Moved(torch.from_numpy(keys.tokens[which]).to(device), angle.cos(), angle.sin())
+    put = lambda array: torch.from_numpy(array[which]).to(device)
+    return Moved(put(keys.tokens), put(keys.moved), {})
 
 _ALIGNED = 32   # logsumexp of a span has a multiple of so many places
 
@@ -120,7 +128,7 @@ def _make_launch(plan, device):
         longest_k=int(keys.lengths.max()),
         keys=None if as_they_stand else put(rows),
         values=None if as_they_stand else put(keys.tokens),
-        moved=_moved_keys(keys, plan, device),
+        moved=_moved_keys(keys, device),
         unused=put(places >= lengths[:, None, None]),
         consecutive=not gaps.any())
 
@@ -131,6 +139,7 @@ class How:
     causal: bool
     window: int | None   # a token sees at most so many positions, its own included; None: all of them
     scale: float | None
+    rotary: str = 'inv_freq'   # name of the frequencies that moved keys are turned by; '': by none
 
     @property
     def options(self):
@@ -179,12 +188,9 @@ def _filled(logsumexp, unused):
     return logsumexp.masked_fill(unused, np.inf)
 
 # %% ../../../nbs/3_model/12_varlen.ipynb #528d0b6d
-def _gathered(key, value, launch):
+def _gathered(key, value, plan, launch, rotary):
     "(keys, values) (1, N, H, D) of all spans, one after the other, of those of all tokens (1, T, H, D)."
-    if launch.moved is not None:
-        turned = key.index_select(1, launch.moved.tokens)
-        turned = rotate(turned.float(), launch.moved.cos, launch.moved.sin).to(key.dtype)
-        key = torch.cat((key, turned), 1)
+    if launch.moved is not None: key = torch.cat((key, launch.moved.turned(key, plan, rotary)), 1)
     if launch.keys is None: return key, value
     return key.index_select(1, launch.keys), value.index_select(1, launch.values)
 
@@ -195,13 +201,14 @@ def in_one_launch(query, key, value, plan, how, operators, windows=True):
     launch = launch_of(plan, query.device)
     if launch is None or not query.dtype == key.dtype == value.dtype: return None
     # a window is counted in keys, so they must be one position apart; one that cuts nothing off is none
-    window = how.window if how.causal else None
-    if window and not launch.consecutive: return None
+    window = how.window
+    if window and how.causal and not launch.consecutive: return None
     if not window or window >= launch.longest_k: window = None
-    if window and not windows: return None
-    how = How(how.causal, window, how.scale)
+    # nor does the kernel know one that reaches to both sides
+    if window and not (windows and how.causal): return None
+    how = replace(how, window=window)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    return _OneLaunch.apply(query, *_gathered(key, value, launch), operators, launch, how)
+    return _OneLaunch.apply(query, *_gathered(key, value, plan, launch, how.rotary), operators, launch, how)
 
 # %% ../../../nbs/3_model/12_varlen.ipynb #6ec844c0
 class Sizes(NamedTuple):
@@ -226,9 +233,9 @@ class OneLaunch:
     dtype: torch.dtype
     windows: bool   # also where a sliding window cuts keys off
 
-    def __call__(self, query, key, value, plan, causal, window, scale):
-        "(1, T, H, D) attention of `query` (1, H, T, D) by `plan`; None: it has to be done span by span."
-        sizes = Sizes(query.shape[1], key.shape[1], query.shape[3], causal)
+    def __call__(self, query, key, value, plan, **how):
+        "(1, T, H, D) attention of `query` (1, H, T, D) by `plan`, `how` as in `How`; None: span by span."
+        how = How(**how)
+        sizes = Sizes(query.shape[1], key.shape[1], query.shape[3], how.causal)
         if (sizes, query.dtype) != (self.sizes, self.dtype): return None
-        how = How(causal, window, scale)
         return in_one_launch(query, key, value, plan, how, self.operators, windows=self.windows)

@@ -116,7 +116,7 @@ def kept_bytes(shape, rank, longest, size=2):
         return scores + queries + size*(7*shape.hidden + 2*shape.intermediate) + low_rank
     attention = 5.37*q + .7*kv if shape.heads > shape.kv_heads else 6.54*q
     mlp = (4 if shape.gated else 2)*shape.intermediate
-    norms = shape.hidden*((12 if half else 16) + 4*(shape.norms - 2))
+    norms = shape.hidden*((12 if half else 16) + 4*(shape.norms - 2)) + (4*(q + kv) if shape.normed else 0)
     return size*(attention + mlp) + norms + low_rank
 
 def memory(setup, batch_tokens, recomputed, longest, size=2):

@@ -96,6 +96,7 @@ def make_plan(shape, acc, recipe=Recipe(), lengths=None, test_rows=25_000, budge
     `test_rows`: rows of the scored run. `UserError` when it does not fit, which says what would."""
     lengths = lmsys_lengths() if lengths is None else np.asarray(lengths, float)
     if not len(lengths): raise UserError('no rows to plan for')
+    if not 0 < efficiency <= 1: raise UserError(f'efficiency={efficiency}: a share, above 0 up to 1')
     if not acc.supported: raise UserError(f'{acc.name}: {acc.note}')
     # the fastest way that fits
     setup = Setup(shape, recipe, acc, efficiency)

@@ -39,6 +39,10 @@ class Recipe:
             value = getattr(self, name)
             if value not in known: raise UserError(f'{name}={value!r}: {nearest(value, known)}')
         sensible = self.max_length >= 64 and self.rank >= 1 and self.epochs > 0 and 0 <= self.held_out < 1
+        # beyond these no number of a plan means anything
+        most = dict(max_length=10**6, rank=10**5, epochs=10**4)
+        large = [f'{name}={getattr(self, name):g}' for name, top in most.items() if getattr(self, name) > top]
+        if large: raise UserError(f"{', '.join(large)}: at most {', '.join(f'{k}={v:,}' for k, v in most.items())}")
         if not sensible:
             raise UserError('max_length at least 64, rank at least 1, epochs above 0, '
                             'held_out from 0 to below 1 wanted')

@@ -10,7 +10,7 @@ import csv
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
-from ..core import UserError, convert, nearest, read_record
+from ..core import UserError, convert, first_line, nearest, read_record, regular
 from ..machine import library_root, resolve_input
 
 # %% ../../../nbs/6_search/00_shapes.ipynb #4c437c75
@@ -29,14 +29,17 @@ class ModelShape:
     causal: bool          # a decoder
     disentangled: bool    # DeBERTa's attention
     norms: int = 2        # in a layer
+    fused: bool = False   # queries, keys and values are one matrix, and so are the two that enter the MLP
+    normed: bool = False  # queries and keys are normed
 
     @property
     def matrices(self):
         "(inputs, outputs) of the linear layers of one block."
         q, kv = self.heads*self.head_dim, self.kv_heads*self.head_dim
-        attention = [(self.hidden, q), (self.hidden, kv), (self.hidden, kv), (q, self.hidden)]
-        entering = [(self.hidden, self.intermediate)]*(2 if self.gated else 1)
-        return attention + entering + [(self.intermediate, self.hidden)]
+        outputs = [q, kv, kv], [self.intermediate]*(2 if self.gated else 1)
+        if self.fused: outputs = [[sum(of_one)] for of_one in outputs]
+        attention, entering = ([(self.hidden, size) for size in of_one] for of_one in outputs)
+        return [*attention, (q, self.hidden), *entering, (self.intermediate, self.hidden)]
 
     @property
     def linear(self):
@@ -71,10 +74,12 @@ def _own_table(name):
 
 def _read_rows(cls, path):
     "{name: instance of the dataclass `cls`} of a csv whose comments begin with #; `UserError` names a wrong row."
-    if not path.is_file(): raise UserError(f'{path}: no such file')
+    regular(path)
     kinds = {f.name: f.type for f in fields(cls)}
     needed = {f.name for f in fields(cls) if f.default is MISSING}
-    lines = [line for line in path.read_text(encoding='utf-8').splitlines() if line and not line.startswith('#')]
+    try: text = path.read_text(encoding='utf-8')
+    except UnicodeDecodeError as e: raise UserError(f'{path}: not UTF-8 text ({first_line(e)})') from None
+    lines = [line for line in text.splitlines() if line and not line.startswith('#')]
     rows = {}
     for i, row in enumerate(csv.DictReader(lines)):
         where = f'{path}, row {i + 1}'
@@ -107,7 +112,9 @@ def accelerator(name, file=None):
 # %% ../../../nbs/6_search/00_shapes.ipynb #b40b60f9
 _SIZES = dict(layers='num_hidden_layers', hidden='hidden_size', intermediate='intermediate_size',
               heads='num_attention_heads', vocab='vocab_size')
-_ENCODERS = ('bert', 'deberta', 'roberta', 'electra', 'modernbert')
+_ENCODERS = ('bert', 'deberta', 'roberta', 'xlm-roberta', 'electra', 'modernbert')
+_NORMED = ('qwen3', 'gemma3', 'olmo2')
+_FUSED = ('phi3', 'modernbert')
 
 def model_shape(model):
     """The `ModelShape` of a model folder, a config.json, or a name such as gemma-2-9b.
@@ -119,7 +126,13 @@ def model_shape(model):
     path = resolve_input(model)
     config = read_record(path/'config.json' if path.is_dir() else path)
     sizes = {name: config.get(key) for name, key in _SIZES.items()}
-    missing = [name for name, size in sizes.items() if not isinstance(size, int)]
+    sizes |= dict(kv_heads=config.get('num_key_value_heads') or sizes['heads'])
+    # each a number that a model may have
+    whole = lambda size: isinstance(size, int) and not isinstance(size, bool) and 0 < size < 2**31
+    missing = [name for name, size in sizes.items() if not whole(size)]
+    if not missing:
+        sizes |= dict(head_dim=config.get('head_dim') or sizes['hidden']//sizes['heads'])
+        missing = [] if whole(sizes['head_dim']) else ['head_dim']
     if missing:
         raise UserError(f"{path}: lacks {', '.join(missing)}; a language model's config.json is wanted")
     # what differs between the families
@@ -127,7 +140,6 @@ def model_shape(model):
     decoder = not kind.startswith(_ENCODERS)
     return ModelShape(
         kind or path.name, **sizes,
-        kv_heads=config.get('num_key_value_heads') or sizes['heads'],
-        head_dim=config.get('head_dim') or sizes['hidden']//sizes['heads'],
-        gated=decoder, causal=decoder, disentangled=kind.startswith('deberta'),
-        norms=4 if kind.startswith('gemma2') else 2)
+        gated=decoder or kind == 'modernbert', causal=decoder, disentangled=kind.startswith('deberta'),
+        norms=4 if kind.startswith(('gemma2', 'gemma3')) else 2,
+        fused=kind.startswith(_FUSED), normed=kind.startswith(_NORMED))

@@ -6,11 +6,11 @@
 __all__ = ['study_of', 'folder_of', 'trials_of', 'suggest', 'curves', 'trials_table']
 
 # %% ../../../nbs/6_search/07_study.ipynb #2a333bd4
-import json, math
+import math, os
 from itertools import product
 from pathlib import Path
 
-from ..core import UserError, fingerprint, first_line
+from ..core import UserError, fingerprint, first_line, regular
 
 # %% ../../../nbs/6_search/07_study.ipynb #160943db
 class JournalLock:
@@ -40,10 +40,11 @@ def study_of(sweep, out):
     Path(out).mkdir(parents=True, exist_ok=True)
     # open the journal
     journal = str(Path(out)/'journal.log')
+    if os.path.lexists(journal): regular(journal)
     try:
         storage = JournalStorage(JournalFileBackend(journal, JournalLock(journal)))
         study = optuna.create_study(study_name='sweep', storage=storage, direction='minimize', load_if_exists=True)
-    except (ValueError, KeyError, json.JSONDecodeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, AssertionError) as e:
         raise UserError(f'{out}/journal.log: not a journal of a sweep ({first_line(e)}); give another folder') from None
     # is it of this sweep? a new one, or one of an earlier build, does not know
     noted = study.user_attrs
@@ -141,4 +142,5 @@ def trials_table(study):
             why=t.user_attrs.get('why', ''),
             curve=losses)
     empty = ['trial', 'state', 'loss', 'evaluations', *_COSTS, 'why', 'curve']
+    empty[1:1] = study.user_attrs['parameters']
     return pd.DataFrame(list(rows.values()), columns=None if rows else empty)

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..core import UserError, fingerprint, first_line, nearest
+from ..core import UserError, convert, fingerprint, first_line, nearest, regular
 from ..kernels import check_parameters, find_kernel
 
 # %% ../../../nbs/6_search/06_sweep.ipynb #4f46083d
@@ -28,6 +28,13 @@ class Sweep:
     prune: bool = False      # end trials early whose curve is not in the better half
 
     def __post_init__(self):
+        # what a file may say in any other way
+        kinds = dict(kernel=str, search=str, seed=int, fixed=dict, prune=bool)
+        for name, kind in kinds.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+                raise UserError(f'{name}={value!r}: {kind.__name__} wanted, got {type(value).__name__}')
+        if not 0 <= self.seed < 2**31: raise UserError(f'seed={self.seed}: a number from 0 to below 2**31')
         if self.search not in _SEARCHES:
             raise UserError(f'search={self.search!r}: {nearest(self.search, _SEARCHES)}')
         if not isinstance(self.space, dict) or not self.space:
@@ -64,12 +71,15 @@ def read_sweep(path):
         return Sweep(**vars(sweep) | dict(space=space, fixed=check_parameters(kernel, fixed)))
     except UserError as e: raise UserError(f'{path}: {e}') from None
 
+_LARGEST = 20_000   # bytes; what is nested deeply takes the parser a time that grows with the square
+
 def _read_yaml(path):
     "The mapping in a sweep file."
     import yaml
-    try: values = yaml.safe_load(path.read_text())
-    except FileNotFoundError: raise UserError(f'{path}: no such file') from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    if regular(path).stat().st_size > _LARGEST: raise UserError(f'{path}: over {_LARGEST:,} bytes, no sweep file')
+    # beside its own errors, what it builds may not be hashable, or be no number
+    try: values = yaml.safe_load(path.read_text(encoding='utf-8'))
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as e:
         raise UserError(f'{path}: not YAML ({first_line(e)})') from None
     # does it say what a sweep file says?
     if not isinstance(values, dict): raise UserError(f'{path}: a mapping with kernel, space, … wanted')
@@ -81,7 +91,13 @@ def _read_yaml(path):
 
 def _check_range(kernel, name, given):
     "A list of values or a {low, high, log} of a parameter, each of the type of the kernel's default."
-    checked = lambda value: check_parameters(kernel, {name: value})[name]
+    def checked(value):
+        value = check_parameters(kernel, {name: value})[name]
+        if isinstance(value, (str, bool, type(None))): return value
+        # of other kinds neither Optuna nor JSON makes the same again
+        number = isinstance(value, int) and abs(value) < 2**63 or isinstance(value, float) and math.isfinite(value)
+        if not number: raise UserError(f'{name}: {str(value)[:60]} is neither a finite number nor text')
+        return value
     # a list
     if isinstance(given, list):
         values = list(dict.fromkeys(checked(v) for v in given))
@@ -95,8 +111,10 @@ def _check_range(kernel, name, given):
         if key not in ('low', 'high', 'log'):
             raise UserError(f'{name}: unknown key {key!r}; low, high and log are known')
     if 'low' not in given or 'high' not in given: raise UserError(f'{name}: low and high are both wanted')
-    low, high, log = checked(given['low']), checked(given['high']), bool(given.get('log', False))
-    if isinstance(low, (str, bool)): raise UserError(f'{name}: a range needs numbers; give a list of values')
+    low, high = checked(given['low']), checked(given['high'])
+    log = convert(given.get('log', False), bool, f'{name}: log')
+    if any(isinstance(end, (str, bool, type(None))) for end in (low, high)):
+        raise UserError(f'{name}: a range needs numbers; give a list of values')
     if not low < high: raise UserError(f'{name}: the range from {low:g} to {high:g} is empty')
     if log and low <= 0: raise UserError(f'{name}: a logarithmic range begins above 0')
     return dict(low=low, high=high, log=log)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..core import UserError, write_json
 from ..machine import gpu_count
-from ..session import alive, duration, locked
+from ..session import Clock, alive, duration, locked
 from ..runfolder import RunFolder
 from ..kernels import find_kernel, kernel_parameters
 from .study import curves, folder_of, study_of, suggest, trials_of, trials_table
@@ -179,7 +179,7 @@ def run_sweep(sweep, out, hours=0., say=print):
     """Run trials until there are enough, or `hours` are over (0: no limit); returns the table of all trials.
 
     `out`: a folder, in which several processes may work at the same sweep."""
-    out, end = Path(out), time.monotonic() + 3600*hours if hours else math.inf
+    out, end = Path(out), Clock.hours(hours).end
     study, longest = study_of(sweep, out), 0.
     # none is begun that would not end: the longest so far, and a fifth more
     while time.monotonic() + 1.2*longest < end:

@@ -57,10 +57,13 @@ class Needs:
         return self.kept.fixed.sum() + max(budget, self.longest)*saved
 
     def all(self, budget, layers):
-        "Bytes that count: what is kept, temporaries, and a layer in its second run."
+        """Bytes that count: temporaries, and what is kept at the end of the forward pass or in a layer's second run.
+
+        The lowest layers are computed twice, so by then those above them have given back what they kept."""
         if self.beside is None: return self.keep(budget, layers)
-        whole = self.kept.rate(self.longest)[self.trained[:layers]].max(initial=0)
-        return self.keep(budget, layers) + max(budget, self.longest)*(self.beside + whole)
+        rate = self.kept.rate(self.longest)
+        again, above = rate[self.trained[:layers]].max(initial=0), rate[self.trained[layers:]].sum()
+        return self.keep(budget, layers) + max(budget, self.longest)*(self.beside + max(0, again - above))
 
     def fewest(self, budget, room):
         "The fewest layers, lowest first, whose recomputation lets `budget` tokens fit; None where all are not enough."

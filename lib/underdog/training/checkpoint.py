@@ -6,10 +6,11 @@
 __all__ = ['Checkpoints']
 
 # %% ../../../nbs/4_training/05_checkpoint.ipynb #74e12263
-import errno, shutil
+import shutil
 from pathlib import Path
 
-from ..core import UserError, atomic_path, file_hash, first_line, read_json, remove_temporaries, write_json
+from ..core import (
+    UserError, atomic_path, disk_full, file_hash, first_line, read_json, remove_temporaries, write_json)
 
 # %% ../../../nbs/4_training/05_checkpoint.ipynb #9c1a8e52
 _KEEP = 2             # checkpoints on disk; while one is written there are three
@@ -33,16 +34,19 @@ class Checkpoints:
         remove_temporaries(self.folder)
         saved = self._write(step, state)
         # a full disk costs the older checkpoints, then this one, but never the newest that is there
-        older = [s for s in self.steps() if s != step][1:]
-        if not saved and older:
-            for s in older: self.drop(s)
-            saved = self._write(step, state)
+        if not saved and self.make_room(): saved = self._write(step, state)
         if not saved:
             safe = ''.join(f', step {s} is safe' for s in self.steps()[:1])
             print(f'{self.folder}: the disk is full, step {step} was not saved; free some space{safe}', flush=True)
             return False
         for s in self.steps()[_KEEP:]: self.drop(s)
         return True
+
+    def make_room(self):
+        "Drop all checkpoints but the newest; False when there is no other."
+        older = self.steps()[1:]
+        for step in older: self.drop(step)
+        return bool(older)
 
     def _write(self, step, state):
         "Write a state and its note; False when the disk is full."
@@ -88,5 +92,5 @@ class Checkpoints:
 
 def _is_full(error, folder):
     "Does `error` come from a full disk? torch's zip writer turns that into a RuntimeError."
-    if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT): return True
+    if disk_full(error): return True
     return isinstance(error, RuntimeError) and shutil.disk_usage(folder).free < 1e6

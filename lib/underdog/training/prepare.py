@@ -110,12 +110,13 @@ def _row_table(df, comp, cfg):
     y, folds = labels_of(df, comp), df['fold'].to_numpy()
     held = folds == cfg.fold
     # baselines of training rows: out of fold, over folds of their own; of held-out rows: from all training rows
-    inner = np.full(len(df), -1)
-    inner[~held] = make_folds(df[~held], min(5, cfg.n_folds), cfg.seed + 1)
+    inner, groups = np.full(len(df), -1), prompt_groups(df)
+    learned = pd.factorize(groups[~held])[0]   # their groups, numbered as they come
+    inner[~held] = make_folds(df[~held], min(5, cfg.n_folds), cfg.seed + 1, groups=learned)
     floors, predictions = fit_floors(df, comp, inner)
     best = best_floor(y[~held], {name: p[~held] for name, p in predictions.items()})
     # together, as columns
-    table = pd.DataFrame({'id': df['id'], 'group': prompt_groups(df), 'fold': folds, 'held': held})
+    table = pd.DataFrame({'id': df['id'], 'group': groups, 'fold': folds, 'held': held})
     table[columns('y', comp)] = y
     for name, p in predictions.items(): table[columns(f'floor_{name}', comp)] = p
     return _RowTable(table, floors, best)
@@ -181,7 +182,9 @@ def prepare(path, described, resume_from='', restart=False):
     config = described.config
     comp, cfg = get_competition(config['competition']), TrainConfig(**config['train'])
     run, earlier = RunFolder(Path(path)), find_earlier(path, config, resume_from, restart)
-    tokenize = lambda: tokenize_rows(described.rows, described.prompter, cache_folder())
+    # of a share of the file the hash is not known yet
+    known = config['data']['hash'] if cfg.share == 1 else ''
+    tokenize = lambda: tokenize_rows(described.rows, described.prompter, cache_folder(), known)
     # a run to go on with, where it can be read
     if earlier:
         if earlier.path.resolve() != run.path.resolve(): earlier.copy_to(run.path)

@@ -14,6 +14,7 @@ from ..core import Settings, UserError, nearest
 _CHOICES = dict(orders=('random', 'both', 'given'), start=('floors', 'none'))
 _CHECKPOINTING = ('auto', 'all', 'none')   # or a number of layers
 _ABOVE_0 = ('epochs', 'batch_rows', 'batch_tokens', 'lr', 'head_lr', 'max_grad_norm', 'log_every', 'evaluations')
+_RATES = dict(lr=2e-4, head_lr=2e-3)
 _NOT_NEGATIVE = ('activation_gb', 'probe_rows', 'eval_rows', 'seed', 'weight_decay')
 
 @dataclass(frozen=True)
@@ -49,6 +50,9 @@ class TrainConfig(Settings):
         for name in _NOT_NEGATIVE:
             value = getattr(self, name)
             if value < 0: raise UserError(f'{name}={value}: must not be negative')
+        for name, usual in _RATES.items():
+            value = getattr(self, name)
+            if value > 100: raise UserError(f'{name}={value:g}: no model learns at such a rate; {usual:g} is usual')
         # words
         for name, choices in _CHOICES.items():
             value = getattr(self, name)

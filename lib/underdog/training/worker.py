@@ -15,7 +15,7 @@ from ..core import UserError, coerce, write_json
 from ..machine import pick_dtype, quiet, seed_everything
 from ..session import Clock, Session, duration
 from ..process import run_worker
-from ..runfolder import RunFolder, columns
+from ..runfolder import Cuts, RunFolder, columns
 from ..data.competition import get_competition
 from ..text.bins import padding_report, plan_batches
 from ..text.heads import HEADS
@@ -58,7 +58,7 @@ def start(run, cfg, accelerator):
     # the model
     model_cfg = coerce(ModelConfig, config['model'])
     model = load_model(model_cfg, device)
-    if accelerator.is_local_main_process: _note_attention(run, model.planner.attention.line)
+    if accelerator.is_local_main_process: _note_machine(run, device, model.planner.attention.line)
     # the rows
     prompter = Prompter(coerce(PromptConfig, config['prompt']), model_cfg.path, model_cfg.head)
     source = RowSource(load_tokens(config['tokens']), prompter, model.packing)
@@ -72,15 +72,18 @@ def start(run, cfg, accelerator):
     data = FitData(source, y, offset, train=train, held=held, sample=sample)
     # memory
     memory = plan_memory(model, source, data.train, cfg)
-    say('\n'.join([_sizes(model, data), str(memory), *_padding_warning(model, source, cfg)]), flush=True)
+    lines = [_sizes(model, data), _said_of(Cuts.of(table), prompter.cfg), str(memory)]
+    say('\n'.join(lines + _padding_warning(model, source, cfg)), flush=True)
     return Training(model, data, cfg, accelerator, memory), table
 
-def _note_attention(run, line):
-    "Print how attention is computed and keep it in the run's versions: results depend on it as on a library."
-    if not line: return
-    print(line, flush=True)
+def _note_machine(run, device, attention):
+    "Keep the card, and how `attention` is computed, in the run's versions: results depend on them as on a library."
+    import torch
+    card = torch.cuda.get_device_name(device) if device.startswith('cuda') else None
+    seen = {name: value for name, value in dict(gpu=card, attention=attention).items() if value}
+    if attention: print(attention, flush=True)
     config = run.config
-    write_json(run.config_file, config | dict(versions=config['versions'] | dict(attention=line)))
+    write_json(run.config_file, config | dict(versions=config['versions'] | seen))
 
 def _start_at_prior(head, prior):
     "Let a fresh `head` predict the class frequencies `prior` (C,)."
@@ -95,12 +98,18 @@ def _sizes(model, data):
             f'{len(data.train):,} rows to train on, {len(data.held):,} held out, '
             f'{data.source.lengths.mean():,.0f} tokens a row')
 
+def _said_of(cuts, prompt):
+    "What the budget of `prompt` cut off: a line, a warning where it is much."
+    if not cuts.many: return f'{cuts} at max_length={prompt.max_length:,}'
+    return (f'warning: {cuts} at max_length={prompt.max_length:,}; a larger one costs hours, which '
+            '`underdog plan` tells')
+
 def _padding_warning(model, source, cfg):
     "A list with one line where batches of `model` have to be padded, else an empty one."
     if model.packing: return []
     report = padding_report(source.lengths, plan_batches(source.lengths, cfg.batch_tokens))
-    kind, empty = model.backbone.config.model_type, 1 - report['efficiency']
-    return [f'warning: rows cannot be packed for the attention of {kind}, so batches are padded, '
+    empty = 1 - report['efficiency']
+    return [f'warning: rows cannot be packed for {model.planner.known.why}. So batches are padded, '
             f'{empty:.1%} of them is padding, and prompts are computed once per answer']
 
 # %% ../../../nbs/4_training/09_worker.ipynb #70ec7065

@@ -1,0 +1,50 @@
+"""Attacks of every kind, generated from a seed, on the library as it stands: does it answer well?
+
+    python -m benchmarks.siege [--cases 200] [--seed 0] [--only scored]
+
+scored: scored runs with damaged test file, sample, run, base, settings or disk; kills: of training, inference, sweep,
+demo and relay at random moments; inputs: csv bytes, settings, YAML and run folders for the commands; folders: with keys
+and pickles, and harmless ones, on their way to Kaggle; disks: that become full while something is written. Jobs are
+forked from one process that has imported everything. The last line of output is JSON: counts of each kind.
+"""
+import argparse
+import importlib
+import os
+import tempfile
+from pathlib import Path
+
+from benchmarks.common import last_line
+from benchmarks.siege_fork import load_everything
+from benchmarks.siege_world import COUNTS, Kind, World
+
+KINDS = ('scored', 'kills', 'inputs', 'folders', 'disks')
+
+
+def besiege(folder, kinds, cases, seed):
+    "{kind: counts} of so many `cases` of each of the `kinds`."
+    load_everything()
+    os.environ['UNDERDOG_CACHE'], os.environ['UNDERDOG_HOME'] = str(folder/'cache'), str(folder/'home')
+    world, figures = World.make(folder), {}
+    for name in kinds:
+        kind = Kind(name)
+        importlib.import_module(f'benchmarks.siege_{name}').attack(world, kind, cases, seed)
+        figures[name] = kind.figures()
+        print(f"{name}: {kind.counts['answered_well']} of {kind.counts['tried']} answered well", flush=True)
+    return figures
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--cases', type=int, default=200, help='of each kind')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--only', choices=KINDS, action='append', help='may be repeated')
+    parser.add_argument('--keep', help='a folder that is left for inspection')
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as tmp:
+        folder = Path(args.keep or tmp)
+        folder.mkdir(parents=True, exist_ok=True)
+        figures = besiege(folder, args.only or KINDS, args.cases, args.seed)
+    last_line(dict(**{name: sum(kind[name] for kind in figures.values()) for name in COUNTS}, kinds=figures))
+
+
+if __name__ == '__main__': main()

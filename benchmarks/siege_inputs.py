@@ -1,0 +1,125 @@
+"""Broken csv files, settings, YAML, run folders for the commands: one message, no traceback, nothing half-written."""
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from hypothesis import strategies as st
+
+from benchmarks.siege_damage import HEADERS, JUNK, SCALARS, damaged_file, damaged_rows, spoiled, write_damage
+from benchmarks.siege_fork import do, orphans
+from benchmarks.siege_world import drawn, dump
+
+LIMIT_S = 10.
+OPTIONS = dict(
+    check=['--competition'],
+    floors=['--folds', '--competition'],
+    show=['--row', '--head', '--max-length', '--competition'],
+    plan=['--max-length', '--rank', '--epochs', '--rows', '--test-rows', '--head', '--quantization', '--accelerator'],
+)
+SWEEP = dict(kernel='train', search='grid', trials=2, seed=0, fixed=dict(train_csv='x', model='y'),
+             space=dict(lr=[1e-3, 1e-4], rank=dict(low=1, high=8, log=True)), prune=False)
+
+
+def argument(value):
+    "A value as it may stand on a command line."
+    text = value if isinstance(value, str) else json.dumps(value) if isinstance(value, (list, dict)) else str(value)
+    return text.replace('\0', '').encode('utf-8', 'replace').decode()
+
+
+@st.composite
+def tables(draw, world):
+    "A csv file for check, floors, show or submission, and options of any value."
+    file = draw(st.sampled_from([world.train, world.test, world.sample]))
+    content = file.read_text()
+    raw = draw(st.sampled_from(HEADERS) | spoiled(content.encode())
+               | damaged_rows((world.test if file == world.sample else file).read_text()))
+    command = draw(st.sampled_from(['check', 'floors', 'show', 'submission']))
+    if command == 'submission': return dict(raw=raw, args=[command, 'FILE', str(world.sample)])
+    args = [command, 'FILE', *(['--model', str(world.base)] if command == 'show' else [])]
+    for name in draw(st.lists(st.sampled_from(OPTIONS[command]), max_size=1)): args += [name, argument(draw(SCALARS))]
+    return dict(raw=raw, args=args)
+
+
+@st.composite
+def settings(draw, world):
+    "Parameters of a kernel, or options of a plan, of any value."
+    if draw(st.booleans()):
+        args = ['plan', str(world.base)]
+        for name in draw(st.lists(st.sampled_from(OPTIONS['plan']), min_size=1, max_size=3, unique=True)):
+            args += [name, argument(draw(SCALARS))]
+        return dict(args=args)
+    from underdog.kernels import find_kernel, kernel_parameters
+    kernel = draw(st.sampled_from(['train', 'infer', 'blend', 'sweep']))
+    names = sorted(kernel_parameters(find_kernel(kernel)))
+    given = {} if kernel != 'train' else dict(train_csv=str(world.train), model=str(world.base))
+    for name in draw(st.lists(st.sampled_from(names), min_size=1, max_size=3)): given[name] = argument(draw(JUNK))
+    given.pop('out', None)
+    given.pop('submission', None)
+    return dict(args=['run', kernel, *(x for k, v in given.items() for x in ('-p', f'{k}={v}')), '--out', 'OUT'])
+
+
+@st.composite
+def sweeps(draw, world):
+    "A sweep file of any shape."
+    import yaml
+
+    from benchmarks.siege_damage import changed_record
+    record = draw(changed_record(SWEEP) | JUNK)
+    raw = yaml.safe_dump(record, allow_unicode=True).encode('utf-8', 'surrogatepass')
+    if draw(st.integers(0, 3)) == 0: raw = draw(spoiled(raw))
+    return dict(raw=raw, args=['sweep', 'FILE', '--out', 'OUT', '--hours', argument(draw(NO_HOURS))])
+
+
+# nothing is begun: what is wrong must be told before
+NO_HOURS = st.sampled_from(['1e-12', '1e-12', '1e-12', 'nan', '-1', 'inf', 'x', ''])
+
+
+@st.composite
+def runs(draw, world):
+    "A damaged run folder for doctor and scale."
+    damage = draw(st.lists(damaged_file(world.folder/'pair'), min_size=1, max_size=3))
+    return dict(damage=damage, args=draw(st.sampled_from([['doctor', 'RUN'], ['scale', 'RUN', '--out', 'OUT']])))
+
+
+@st.composite
+def cases(draw, world):
+    return draw(tables(world) | settings(world) | sweeps(world) | runs(world))
+
+
+def command(args):
+    "What the console command does with these arguments."
+    from underdog.console.main import main
+    sys.argv = ['underdog', *args]
+    main()
+
+
+def half_written(out):
+    "Names of temporaries below `out`, and of JSON files that cannot be read."
+    broken = []
+    for file in Path(out).rglob('*'):
+        if file.name.endswith('.tmp'): broken.append(file.name)
+        if file.suffix != '.json' or not file.is_file(): continue
+        try: json.loads(file.read_text())
+        except ValueError: broken.append(file.name)
+    return broken
+
+
+def attack(world, kind, n, seed):
+    "`n` commands."
+    folder = world.folder/'inputs'
+    for case in drawn(cases(world), n, seed):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        places = dict(FILE=folder/'file.csv', OUT=folder/'out', RUN=folder/'run')
+        if 'raw' in case: places['FILE'].write_bytes(case['raw'])
+        if 'damage' in case:
+            shutil.copytree(world.folder/'pair', places['RUN'])
+            write_damage(places['RUN'], case['damage'])
+        args = [str(places.get(arg, arg)) for arg in case['args']]
+        # a training or an inference that was asked for may take its time
+        long = case['args'][0] in ('run', 'doctor')
+        ended = do(lambda: command(args), world.log, limit_s=6*LIMIT_S if long else LIMIT_S)
+        faults = ['hangs']*(ended.code is None) + ['tracebacks']*bool(ended.code and ended.traceback)
+        faults += ['half_written']*bool(half_written(folder/'out')) + ['orphans']*bool(orphans())
+        kind.note(dump(dict(case, code=ended.code)), faults, ended)
