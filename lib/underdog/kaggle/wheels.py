@@ -144,7 +144,8 @@ def build_wheels(out, requirements=None, image=None):
     """The paths of wheels in `out` for all `requirements` that the image lacks, and for what those need themselves.
 
     `requirements`: texts; this library's, with its extra `gpu`, if left out. `image`: the recorded one if left out.
-    Other wheels in `out` are removed. `UserError` for a package that has no wheel, is never shipped, or is wanted in two versions."""
+    Other wheels in `out` are removed. `UserError` for a package that has no wheel, is never shipped, or is wanted in
+    two versions."""
     image, out = image or kaggle_image(), Path(out)
     out.mkdir(parents=True, exist_ok=True)
     if requirements is None: requirements = _own()
