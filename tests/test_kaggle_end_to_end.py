@@ -58,6 +58,16 @@ def installed_wheel(name, folder, without=()):
     return path
 
 
+def wheel_for_gpus(folder):
+    "Stands for Liger's: it goes along, and cannot be tried here, as its triton is only in Kaggle's image."
+    info = 'liger_kernel-0.8.5.dist-info'
+    with zipfile.ZipFile(folder/'liger_kernel-0.8.5-py3-none-any.whl', 'w') as z:
+        z.writestr('liger_kernel/__init__.py', 'import triton\n')
+        z.writestr(f'{info}/METADATA', 'Metadata-Version: 2.1\nName: liger_kernel\nVersion: 0.8.5\nRequires-Dist: triton\n')
+        z.writestr(f'{info}/WHEEL', 'Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n')
+        z.writestr(f'{info}/RECORD', '')
+
+
 @pytest.fixture(scope='module')
 def kaggle(world, tmp_path_factory):
     root = tmp_path_factory.mktemp('kaggle')
@@ -67,6 +77,7 @@ def kaggle(world, tmp_path_factory):
     (root/'index').mkdir()
     other = ('bitsandbytes_cuda', 'bitsandbytes_rocm', 'bitsandbytes_xpu')
     installed_wheel('bitsandbytes', root/'index', without=other)
+    wheel_for_gpus(root/'index')
     # the competition: three public rows, all in the scored run
     for part in ('data', 'public', 'hidden', 'empty'): (root/part).mkdir()
     for f in ('train.csv', 'test.csv', 'sample_submission.csv'): shutil.copy(world/f, root/'data'/f)
@@ -119,7 +130,8 @@ def test_from_an_empty_folder_to_a_score(world, kaggle, tmp_path, monkeypatch):
     server, root = kaggle
     cpu = ['--shape', '', '--poll', '.1']
     output = underdog(server, root, 'bundle', '--poll', '.1')
-    assert 'imported' in output and 'underdog-wheels: version 1, sent' in output
+    assert 'imported' in output and 'triton is not installed here' in output
+    assert 'underdog-wheels: version 1, sent' in output
     assert 'underdog-lib: version 1, as it was' in underdog(server, root, 'bundle', '--poll', '.1')
     ship_inputs(server, root, world)
 

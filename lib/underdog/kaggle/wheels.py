@@ -134,14 +134,21 @@ def _wheel_requirements(wheel):
         text = z.read(name).decode()
     return Parser().parsestr(text).get_all('Requires-Dist') or []
 
+def _own():
+    "What this library needs, and what makes it faster on a GPU (its extra `gpu`)."
+    texts = requires('underdog') or []
+    gpu = [text.split(';')[0] for text in texts if 'extra == "gpu"' in text]
+    return [text for text in texts if 'extra ==' not in text] + gpu
+
 def build_wheels(out, requirements=None, image=None):
     """The paths of wheels in `out` for all `requirements` that the image lacks, and for what those need themselves.
 
-    `requirements`: texts; this library's if left out. `image`: the recorded one if left out. Other wheels in `out` are
-    removed. `UserError` for a package that has no wheel, is never shipped, or is wanted in two versions."""
+    `requirements`: texts; this library's, with its extra `gpu`, if left out. `image`: the recorded one if left out.
+    Other wheels in `out` are removed. `UserError` for a package that has no wheel, is never shipped, or is wanted in
+    two versions."""
     image, out = image or kaggle_image(), Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    if requirements is None: requirements = [r for r in requires('underdog') or [] if 'extra ==' not in r]
+    if requirements is None: requirements = _own()
     # fetch what is missing, and what the wheels need themselves
     wheels, waiting = {}, lacking(requirements, image)
     while waiting:
@@ -185,15 +192,32 @@ def _fits_here(wheel):
     from packaging.tags import sys_tags
     return bool(parse_wheel_filename(Path(wheel).name)[3] & set(sys_tags()))
 
+def _missing_here(wheel, wheels):
+    "Packages that the wheel needs, and that are neither installed here nor among the `wheels`."
+    wanted = [Requirement(text) for text in _wheel_requirements(wheel)]
+    names = {canonicalize_name(r.name) for r in wanted if r.marker is None or r.marker.evaluate({'extra': ''})}
+    names -= {parse_wheel_filename(Path(w).name)[0] for w in wheels}
+    return sorted(name for name in names if not _is_installed(name))
+
+def _is_installed(name):
+    try: return bool(version(name))
+    except PackageNotFoundError: return False
+
+def _hindrance(wheel, wheels):
+    "Why this Python cannot try the wheel; '' where it can."
+    if not _fits_here(wheel): return f'it is not for this Python {sys.version_info.major}.{sys.version_info.minor}'
+    missing = ', '.join(_missing_here(wheel, wheels))
+    return missing and f'{missing} is not installed here'
+
 def try_wheels(wheels):
     """Install `wheels` offline into an empty environment and import them; {wheel name: 'imported', or why not tried}.
 
     `UserError` when one does not import."""
-    able = [w for w in wheels if _fits_here(w)]
+    hindered = {w: _hindrance(w, wheels) for w in wheels}
+    able = [w for w in wheels if not hindered[w]]
     if able:
         with tempfile.TemporaryDirectory() as home: _install_and_import(able, Path(home))
-    untried = f'not tried: it is not for this Python {sys.version_info.major}.{sys.version_info.minor}'
-    return {w.name: 'imported' if w in able else untried for w in wheels}
+    return {w.name: f'not tried: {hindered[w]}' if hindered[w] else 'imported' for w in wheels}
 
 def _install_and_import(wheels, home):
     "Both in a new environment in the folder `home`; `UserError` with the last line of what fails."
