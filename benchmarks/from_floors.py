@@ -20,9 +20,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from underdog.runfolder import RunFolder, columns
+from underdog.runfolder import RunFolder, baselines_in, columns
 from underdog.data.competition import get_competition
-from underdog.data.floors import FLOORS
 from underdog.data.metrics import bootstrap_ci, log_loss, paired_ci
 from underdog.console.demo import smollm2
 
@@ -64,7 +63,7 @@ def compare(runs):
     oof = pd.concat([run.oof().assign(best=run.config['best_floor']) for run in runs], ignore_index=True)
     # the predictions
     y, model = oof[columns('y', comp)].to_numpy(), oof[columns('p', comp)].to_numpy()
-    floors = {name: oof[columns(f'floor_{name}', comp)].to_numpy() for name in FLOORS}
+    floors = {name: oof[columns(f'floor_{name}', comp)].to_numpy() for name in baselines_in(oof)}
     best = np.stack([floors[name][i] for i, name in enumerate(oof['best'])])
     # each fold by itself: best baseline, model
     fold = oof['fold'].to_numpy()

@@ -63,7 +63,8 @@ def wheel_for_gpus(folder):
     info = 'liger_kernel-0.8.5.dist-info'
     with zipfile.ZipFile(folder/'liger_kernel-0.8.5-py3-none-any.whl', 'w') as z:
         z.writestr('liger_kernel/__init__.py', 'import triton\n')
-        z.writestr(f'{info}/METADATA', 'Metadata-Version: 2.1\nName: liger_kernel\nVersion: 0.8.5\nRequires-Dist: triton\n')
+        z.writestr(f'{info}/METADATA',
+                   'Metadata-Version: 2.1\nName: liger_kernel\nVersion: 0.8.5\nRequires-Dist: triton\n')
         z.writestr(f'{info}/WHEEL', 'Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n')
         z.writestr(f'{info}/RECORD', '')
 

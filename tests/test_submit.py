@@ -83,10 +83,11 @@ def test_blend_weights_belong_to_the_state(world, finished, joint):
     evidence = Evidence([finished, joint])
     pair, both = evidence.model_of[finished.path], evidence.model_of[joint.path]
     assert pair != both
-    assert set(evidence.blend({pair: 1}).weights) == {'length', 'tfidf', pair}
-    assert set(evidence.blend({}).weights) == {'length', 'tfidf'}
+    best = finished.config['best_floor']
+    assert set(evidence.blend({pair: 1}).weights) == {best, pair}
+    assert set(evidence.blend({}).weights) == {best}
     def probs(prefix): return evidence.oof[columns(prefix, LMSYS)].to_numpy()
-    members = {'length': probs('floor_length'), 'tfidf': probs('floor_tfidf'), both: probs(both)}
+    members = {best: probs(f'floor_{best}'), both: probs(both)}
     assert evidence.blend({both: 2}).weights == pytest.approx(Blend.fit(evidence.y, members).weights)
     assert Evidence([finished], with_floors=False).blend({pair: 1}).weights.keys() == {pair}
 

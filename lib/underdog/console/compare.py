@@ -11,8 +11,8 @@ from typing import NamedTuple
 import pandas as pd
 
 from ..core import UserError
-from ..runfolder import RunFolder, columns
-from ..data.floors import FLOORS, best_floor
+from ..runfolder import RunFolder, baselines_in, columns
+from ..data.floors import best_floor
 from ..data.metrics import bootstrap_ci, log_loss, paired_ci
 from ..inference.blend import gather_oof
 from .figures import plot_curves
@@ -42,7 +42,7 @@ def _score(held):
     "The table of a `Comparison`: the runs and their best baseline, on the rows that all have held out."
     def of(prefix): return held.table[columns(prefix, held.comp)].to_numpy(float)
     y, groups = of('y'), held.table['group'].to_numpy()
-    baselines = {name: of(f'floor_{name}') for name in FLOORS}
+    baselines = {name: of(f'floor_{name}') for name in baselines_in(held.table)}
     best = best_floor(y, baselines)
     predictions = {name: of(name) for name in held.models} | {f'baseline: {best}': baselines[best]}
     # the best one first; the others against it

@@ -13,9 +13,8 @@ import numpy as np
 
 from ..core import UserError, read_json
 from ..machine import cache_folder, quiet
-from ..runfolder import RunFolder, columns
+from ..runfolder import RunFolder, baselines_in, columns
 from ..kernels import run_kernel
-from ..data.floors import FLOORS
 from ..data.metrics import best_margin, log_loss
 from ..data.sample import write_sample
 from ..inference.blend import gather_oof
@@ -64,7 +63,7 @@ def _against_best_baseline(held):
     "The best baseline on the `HeldOut` rows (name, loss), and the model's gain on it with its interval, also in words."
     def rows(prefix): return held.table[columns(prefix, held.comp)].to_numpy()
     model, = held.models
-    baselines = {name: rows(f'floor_{name}') for name in FLOORS}
+    baselines = {name: rows(f'floor_{name}') for name in baselines_in(held.table)}
     margin = best_margin(rows('y'), rows(model), baselines, held.table['group'])
     return dict(
         best_baseline=log_loss(rows('y'), baselines[margin.over]),

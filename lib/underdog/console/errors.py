@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from ..core import UserError
-from ..runfolder import columns
-from ..data.floors import FLOORS, best_floor
+from ..runfolder import baselines_in, columns
+from ..data.floors import best_floor
 from ..data.metrics import paired_ci, row_log_loss
 from ..data.rows import TEXTS, read_rows
 
@@ -58,7 +58,7 @@ def error_table(oof, comp, rows, texts=None):
     `rows`: their tokens and cut, and `texts` their texts, in the same order. The baseline is the one that is best on
     all; above 0, `gain` (with its 95 % interval) speaks for the model. Parts of few rows or of all are left out."""
     y, p, groups = oof[columns('y', comp)].to_numpy(float), oof[columns('p', comp)].to_numpy(), oof['group'].to_numpy()
-    baselines = {name: oof[columns(f'floor_{name}', comp)].to_numpy() for name in FLOORS}
+    baselines = {name: oof[columns(f'floor_{name}', comp)].to_numpy() for name in baselines_in(oof)}
     q = baselines[best_floor(y, baselines)]
     parts = {'all': np.ones(len(oof), bool)} | _parts_of(oof, comp, rows)
     if texts is not None: parts |= _kinds_of(texts)

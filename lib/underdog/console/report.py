@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..core import atomic_write
 from ..runfolder import columns
-from ..data.floors import FLOORS
+from ..data.floors import BASELINES
 from ..data.rows import TEXTS
 from .errors import error_table, worst_mistakes
 from .figures import figure_png, plot_calibration, plot_confusion, plot_lengths, plot_loss
@@ -112,9 +112,10 @@ def run_figures(run, comp, best=None):
     return figures
 
 def _baselines(metrics):
-    "{name: held-out loss} of the baselines, from the last evaluation; none before the first one."
+    "{name: held-out loss} of the class prior and the best baseline, at the last evaluation; none before the first."
     if 'eval_loss' not in metrics: return {}
-    return {name: metrics[f'eval_{name}'].dropna().iloc[-1] for name in FLOORS}
+    losses = {name: metrics[f'eval_{name}'].dropna().iloc[-1] for name in BASELINES if f'eval_{name}' in metrics}
+    return {name: losses[name] for name in ('prior', min(losses, key=losses.get))}
 
 def run_sections(run, comp, best=None, texts=None):
     """The sections of a run folder for `write_report`; parameters as in `run_figures`.

@@ -152,7 +152,7 @@ class Floors:
         """{baseline: probabilities (n, C)} of `rows`, a DataFrame or its `Counts`; without traits, of the quick ones.
 
         Exchanging A and B exchanges them exactly."""
-        counts = rows if isinstance(rows, Counts) else count_rows(rows, traits=self.names is BASELINES)
+        counts = rows if isinstance(rows, Counts) else count_rows(rows, traits='traits' in self.names)
         tensors, names = self.tensors, self.names if counts.has_traits else FLOORS
         units = Units(*(tensors.get(name) for name in Units._fields))
         predictions = {'prior': np.tile(tensors['prior'], (len(counts.odd), 1))}
@@ -222,11 +222,11 @@ def _shapes(k, names=FLOORS):
         **{name: (None,)*value.ndim for name, value in Trees.constant(k).tensors().items()})
 
 # %% ../../../nbs/1_data/07_floors.ipynb #8f92b0ff
-def fit_floors(df, comp, folds):
-    """(`Floors` of all rows, {baseline: held-out probabilities (n, C)}): each fold predicted by fits on the others.
+def fit_floors(df, comp, folds, names=FLOORS):
+    """(`Floors` of all rows, {baseline of `names`: held-out probabilities (n, C)}).
 
-    Rows of fold -1 are in no fit; those of all others predict them."""
-    fits = _fit_without(df, comp, folds, held=[-1, *np.unique(folds[folds >= 0])])
+    Each fold is predicted by fits on the others. Rows of fold -1 are in no fit; those of all others predict them."""
+    fits = _fit_without(df, comp, folds, held=[-1, *np.unique(folds[folds >= 0])], names=names)
     return fits[0][0], _gather(fits, len(df), comp)
 
 def cross_predict(df, comp, folds, names=FLOORS):
@@ -241,7 +241,7 @@ def _fit_without(df, comp, folds, held, names=FLOORS):
     # fold after fold, so that each is a slice
     order = np.argsort(folds, kind='stable')
     folds, y, groups = folds[order], labels_of(df, comp).astype(float)[order], prompt_groups(df)[order]
-    counts, free = count_rows(df.iloc[order], traits=names is BASELINES), np.searchsorted(folds, 0)
+    counts, free = count_rows(df.iloc[order], traits='traits' in names), np.searchsorted(folds, 0)
     def fit(fold):
         start, stop = np.searchsorted(folds, [fold, fold + 1])
         ranges = [r for r in ((free, start), (max(stop, free), len(df))) if r[0] < r[1]]

@@ -14,10 +14,9 @@ import pandas as pd
 
 from ..core import UserError, fingerprint, read_record, write_json
 from ..machine import resolve_input
-from ..runfolder import columns
+from ..runfolder import baselines_in, columns
 from ..data.competition import Competition, get_competition
-from ..data.floors import FLOORS
-from ..data.metrics import row_log_loss
+from ..data.pool import fit_pool, pooled
 
 # %% ../../../nbs/5_inference/04_blend.ipynb #8022e71b
 @dataclass(frozen=True)
@@ -31,32 +30,14 @@ class Blend:
 
         They are pulled towards the weights that each prediction deserves by itself. The pull is `ridge` times the
         squared distance, in nats summed over rows: it counts with two hundred rows and not with ten thousand."""
-        from scipy.optimize import minimize
-        y, names = np.asarray(y, float), list(preds)
-        z = np.stack([_centred(preds[n]) for n in names])   # (K, n, C)
-        start, pull = _first_weights(y, [preds[n] for n in names]), ridge/len(y)
-
-        def objective(w):
-            "(loss, gradient) at the weights `w` (K,)."
-            # log-softmax of the pool
-            s = np.tensordot(w, z, 1)
-            s -= s.max(1, keepdims=True)
-            lse = np.log(np.exp(s).sum(1, keepdims=True))
-            # log loss and its gradient, and the pull
-            loss = -(y*(s - lse)).sum()/len(y) + pull*((w - start)**2).sum()
-            grad = ((np.exp(s - lse) - y)*z).sum((1, 2))/len(y)
-            return loss, grad + 2*pull*(w - start)
-        best = minimize(objective, start, jac=True, bounds=[(0, None)]*len(names), method='L-BFGS-B')
-        return cls({n: float(w) for n, w in zip(names, best.x)})
+        return cls(fit_pool(y, preds, ridge))
 
     def predict(self, preds):
         "Blended probabilities (n, C); every prediction with a weight must be there."
         missing = [n for n in self.weights if n not in preds]
         if missing:
             raise UserError(f"the blend wants predictions of {', '.join(missing)}; there are {', '.join(preds)}")
-        z = sum(w*_centred(preds[n]) for n, w in self.weights.items())
-        e = np.exp(z - z.max(1, keepdims=True))
-        return e/e.sum(1, keepdims=True)
+        return pooled(self.weights, preds)
 
     def save(self, path): write_json(path, asdict(self))
 
@@ -69,21 +50,6 @@ class Blend:
         if not weights or not all(valid):
             raise UserError(f'{path}: not the weights of a blend; run the blend kernel again')
         return cls(weights)
-
-def _centred(p):
-    "Logits of probabilities (n, C), with mean 0."
-    z = np.log(np.clip(p, 1e-15, 1))
-    return z - z.mean(1, keepdims=True)
-
-def _first_weights(y, preds):
-    """Weights (K,) that know how sure the order of the predictions is: equal where the rows cannot tell.
-
-    They are exp(-d/se) of the paired difference d to the best prediction and its standard error, normalised."""
-    losses = np.stack([row_log_loss(y, p) for p in preds])
-    worse = losses - losses[losses.mean(1).argmin()]
-    standard_error = worse.std(1)/len(y)**.5
-    weights = np.exp(-worse.mean(1)/(standard_error + 1e-9))
-    return weights/weights.sum()
 
 # %% ../../../nbs/5_inference/04_blend.ipynb #9e686195
 def cross_fit(y, preds, groups=None, n_folds=10, seed=0, ridge=20., repeats=5):
@@ -160,12 +126,13 @@ def _check_labels(table, rows, names, model):
 
 def _read_oof(folds, name, comp):
     "The held-out rows of the runs `folds` of one model, whose columns p_* and one_* get its `name`."
-    prefixes = ('y', 'p', 'one', *(f'floor_{f}' for f in FLOORS))
-    needed = ['id', 'group', *(c for prefix in prefixes for c in columns(prefix, comp))]
-    rows = pd.concat([run.oof(*needed) for run in folds])
+    needed = ['id', 'group', *(c for prefix in ('y', 'p', 'one', 'floor_prior') for c in columns(prefix, comp))]
+    # the folds of an earlier build have fewer baselines
+    rows = pd.concat([run.oof(*needed) for run in folds], join='inner')
     if rows['id'].duplicated().any():
         raise UserError(f"{', '.join(str(run.path) for run in folds)}: the same fold twice; give each run once")
-    if not np.isfinite(rows[needed[2:]].to_numpy(float)).all():
+    numbers = needed[2:] + [c for name in baselines_in(rows) for c in columns(f'floor_{name}', comp)]
+    if not np.isfinite(rows[numbers].to_numpy(float)).all():
         raise UserError(f'{folds[0].oof_file}: probabilities that are not finite; copy the run folder again')
     old, new = columns('p', comp) + columns('one', comp), columns(name, comp) + columns(f'one_{name}', comp)
     return rows.rename(columns=dict(zip(old, new)))
@@ -184,5 +151,5 @@ def gather_test(models, predictions, comp):
     def mean(tables, prefix): return np.mean([t[columns(prefix, comp)].to_numpy() for t in tables], axis=0)
     # average the folds of each model, and the baselines of all runs
     preds = {name: mean([predictions[path] for path in paths], 'p') for name, paths in models.items()}
-    for f in FLOORS: preds[f] = mean(predictions.values(), f'floor_{f}')
+    for name in baselines_in(first): preds[name] = mean(predictions.values(), f'floor_{name}')
     return first['id'].tolist(), preds

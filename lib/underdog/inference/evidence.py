@@ -12,7 +12,6 @@ import pandas as pd
 
 from ..core import UserError
 from ..runfolder import columns
-from ..data.floors import FLOORS
 from ..data.metrics import row_log_loss
 from .blend import Blend, gather_oof
 from .job import Job
@@ -31,16 +30,16 @@ class PassPlan(NamedTuple):
     passes: list
     reasons: list
 
-_BLENDED = [f for f in FLOORS if f != 'prior']   # the class prior knows nothing of a row
-_NO_RANKING = 'shortest first'                   # where no held-out rows say better
+_NO_RANKING = 'shortest first'   # where no held-out rows say better
 
 class Evidence:
     """What the held-out rows of `runs` say; without such rows all models count alike.
 
-    `model_of`: {run folder: model}. The `levels` of a row: {model: how many orders it has answered}."""
-    def __init__(self, runs, with_floors=True):
+    `model_of`: {run folder: model}; `baseline`: the one that is blended with them. The `levels` of a row: {model: how
+    many orders it has answered}."""
+    def __init__(self, runs, with_floors=True, baseline=''):
         self.oof, self.model_of, self._fitted = None, {run.path: str(run.path) for run in runs}, {}
-        self.floors = _BLENDED if with_floors else []
+        self.baseline, self.with_floors = baseline or runs[0].config['best_floor'], with_floors
         if all(run.oof_file.exists() for run in runs):
             with excused('what held-out rows say'): self._read(runs)
 
@@ -54,22 +53,24 @@ class Evidence:
 
     def _probabilities(self, prefix): return self.oof[columns(prefix, self.comp)].to_numpy()
 
+    def _baselines(self, levels):
+        "The baseline, where it takes part or no model has answered; else nothing."
+        return [self.baseline] if self.with_floors or not levels else []
+
     def members(self, levels):
-        "{name: probabilities on the held-out rows} of the models in `levels` and the baselines."
-        # where no model has answered there is nothing else
-        floors = self.floors if levels else _BLENDED
-        members = {f: self._probabilities(f'floor_{f}') for f in floors}
+        "{name: probabilities on the held-out rows} of the models in `levels` and the baseline."
+        members = {name: self._probabilities(f'floor_{name}') for name in self._baselines(levels)}
         for model, orders in levels.items():
             members[model] = self._probabilities(model if orders > 1 else f'one_{model}')
         return members
 
     def blend(self, levels):
         "The `Blend` for rows in the state `levels`."
-        key = tuple(sorted(levels.items()))
+        key = (self.baseline, *sorted(levels.items()))
         if key not in self._fitted:
             if self.oof is not None: self._fitted[key] = Blend.fit(self.y, self.members(levels))
             else:
-                alike = levels or _BLENDED
+                alike = levels or [self.baseline]
                 self._fitted[key] = Blend({name: 1/len(alike) for name in alike})
         return self._fitted[key]
 

@@ -19,7 +19,7 @@ from ..core import UserError, atomic_path, coerce
 from ..machine import cache_folder, gpu_count, quiet, resolve_input, scored_run
 from ..runfolder import RunFolder, columns
 from ..data.competition import get_competition
-from ..data.floors import FLOORS, Floors
+from ..data.floors import Floors
 from ..data.metrics import softmax
 from ..data.rows import read_rows, read_whatever
 from ..text.heads import orders_of
@@ -85,10 +85,7 @@ class Job:
         self.comp = get_competition(self.config['competition'])
         self.orders = orders_of(self.config['model']['head'], cfg.tta)
         self.logits = np.full((len(self.orders), len(df), self.comp.n_classes), np.nan)
-        # the best baseline stands in for the model, and is added to the logits if training did so
-        self.floors = floors or Floors.load(run.floors).predict(df)
-        self.best = self.floors[self.config['best_floor']]
-        self.offset = np.log(self.best) if self.config['train']['start'] == 'floors' else 0.
+        self.stand_on(floors or Floors.load(run.floors).predict(df))
         # tokens, made by `open`
         self.source, self.files = None, []
         # what went wrong: rows whose logits were NaN or infinite; why the model could not go on
@@ -96,9 +93,22 @@ class Job:
         # of this process
         self.spent = dict(tokens=0, busy_s=0., load_s=0.)
 
+    def stand_on(self, floors):
+        """Take the answers `floors`, {name: (n, C)}, of the baselines.
+
+        The best one stands in for the model, and is added to the logits if training did so. Where only the quick ones
+        are there, the last of them stands in; the model must not be asked then."""
+        best = self.config['best_floor']
+        self.floors, self.baseline = floors, best if best in floors else [*floors][-1]
+        self.best = floors[self.baseline]
+        self.offset = np.log(self.best) if self.config['train']['start'] == 'floors' else 0.
+
     def open(self):
         "Check the run and tokenize the rows, once."
         if self.source is None:
+            best = self.config['best_floor']
+            if self.config['train']['start'] == 'floors' and self.baseline != best:
+                raise UserError(f'{self.run.path}: starts from the baseline {best}, which could not answer')
             from underdog.text.source import RowSource
             from underdog.model.planner import packing_of
             prompter = check_run(self.run, self.cfg)
@@ -153,7 +163,7 @@ class Job:
         predicted, table = self.predicted(), self.df[['id']].copy()
         table[columns('p', self.comp)] = predicted.both
         table[columns('one', self.comp)] = predicted.one
-        for name in FLOORS: table[columns(f'floor_{name}', self.comp)] = self.floors[name]
+        for name, p in self.floors.items(): table[columns(f'floor_{name}', self.comp)] = p
         table['orders'] = predicted.orders
         with atomic_path(Path(folder)/'predictions.parquet') as tmp: table.to_parquet(tmp)
 

@@ -13,7 +13,6 @@ import numpy as np
 
 from ..core import atomic_path, file_hash, fingerprint, first_line, write_json
 from ..machine import scored_run
-from ..data.floors import FLOORS
 from ..data.metrics import row_log_loss
 from ..data.rows import data_hash
 from ..data.submission import write_submission
@@ -25,11 +24,12 @@ def blend_answers(jobs, evidence):
     folds = {}
     for job in jobs: folds.setdefault(evidence.model_of[job.run.path], []).append(job.predicted())
     averaged = {model: _average(members) for model, members in folds.items()}
-    predictions = {f: np.mean([job.floors[f] for job in jobs], axis=0) for f in FLOORS}
+    shared = [name for name in jobs[0].floors if all(name in job.floors for job in jobs)]
+    predictions = {name: np.mean([job.floors[name] for job in jobs], axis=0) for name in shared}
     predictions |= {model: probs for model, (probs, _) in averaged.items()}
     # rows in the same state share a blend
     states = np.stack([orders for _, orders in averaged.values()])   # (models, n)
-    blended = np.empty(predictions[FLOORS[0]].shape)
+    blended = np.empty(jobs[0].best.shape)
     for state in np.unique(states, axis=1).T:
         rows = (states == state[:, None]).all(0)
         levels = {model: int(orders) for model, orders in zip(averaged, state) if orders}

@@ -6,18 +6,17 @@
 __all__ = ['oof_margin', 'oof_losses']
 
 # %% ../../../nbs/4_training/07a_oof.ipynb #76aed47b
-from ..runfolder import columns
-from ..data.floors import FLOORS
+from ..runfolder import baselines_in, columns
 from ..data.metrics import best_margin, log_loss
 
 # %% ../../../nbs/4_training/07a_oof.ipynb #383b3d69
 def oof_margin(oof, comp):
     "The `Margin` of the model, both orders, over the best baseline in the table `oof`."
-    p = {prefix: oof[columns(prefix, comp)].to_numpy() for prefix in ('y', 'p', *(f'floor_{name}' for name in FLOORS))}
-    return best_margin(p['y'], p['p'], {name: p[f'floor_{name}'] for name in FLOORS}, oof['group'])
+    def of(prefix): return oof[columns(prefix, comp)].to_numpy()
+    return best_margin(of('y'), of('p'), {name: of(f'floor_{name}') for name in baselines_in(oof)}, oof['group'])
 
 def oof_losses(oof, comp):
     "{name: log loss} of every prediction in the table `oof`: model (one order), tta (mean of both) and the baselines."
-    prefixes = dict(model='one', tta='p', **{name: f'floor_{name}' for name in FLOORS})
+    prefixes = dict(model='one', tta='p', **{name: f'floor_{name}' for name in baselines_in(oof)})
     y = oof[columns('y', comp)].to_numpy()
     return {name: log_loss(y, oof[columns(prefix, comp)].to_numpy()) for name, prefix in prefixes.items()}

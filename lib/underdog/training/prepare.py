@@ -18,7 +18,7 @@ from ..core import UserError, atomic_path, build_id, fingerprint, read_record, r
 from ..machine import cache_folder
 from ..runfolder import RunFolder, columns
 from ..data.competition import get_competition
-from ..data.floors import Floors, best_floor, fit_floors
+from ..data.floors import BASELINES, FLOORS, Floors, best_floor, fit_floors
 from ..data.folds import labels_of, make_folds, prompt_groups
 from ..data.rows import TEXTS, data_hash, read_rows
 from ..text.prompt import PromptConfig, Prompter
@@ -105,6 +105,15 @@ class _RowTable:
     floors: Floors        # the baselines, fitted on all training rows
     best: str             # name of the best one
 
+_MOST = 20_000   # rows with which all baselines are fitted before the first step
+
+def _baselines_for(rows):
+    "Names of the baselines that are fitted to so many `rows`: those that take long only where rows are few."
+    if rows <= _MOST: return BASELINES
+    print(f"{rows:,} rows: only the quick baselines ({', '.join(FLOORS)}) are fitted; "
+          '`underdog floors` fits the others', flush=True)
+    return FLOORS
+
 def _row_table(df, comp, cfg):
     "The `_RowTable` of rows `with_folds`; baselines are fitted on the training rows."
     y, folds = labels_of(df, comp), df['fold'].to_numpy()
@@ -113,7 +122,7 @@ def _row_table(df, comp, cfg):
     inner, groups = np.full(len(df), -1), prompt_groups(df)
     learned = pd.factorize(groups[~held])[0]   # their groups, numbered as they come
     inner[~held] = make_folds(df[~held], min(5, cfg.n_folds), cfg.seed + 1, groups=learned)
-    floors, predictions = fit_floors(df, comp, inner)
+    floors, predictions = fit_floors(df, comp, inner, _baselines_for(len(df)))
     best = best_floor(y[~held], {name: p[~held] for name, p in predictions.items()})
     # together, as columns
     table = pd.DataFrame({'id': df['id'], 'group': groups, 'fold': folds, 'held': held})

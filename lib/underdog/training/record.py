@@ -11,10 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..core import atomic_path, disk_full
-from ..runfolder import RunFolder, columns
+from ..runfolder import RunFolder, baselines_in, columns
 from ..session import Session
 from ..data.competition import Competition
-from ..data.floors import FLOORS
 from ..model.merge import save_adapter
 from ..model.predict import predict_both
 from .checkpoint import Checkpoints
@@ -25,7 +24,7 @@ from .step import Training
 # %% ../../../nbs/4_training/08_record.ipynb #c6032d56
 def _oof_table(table, comp, rows, predicted):
     "The held-out `rows` of a row table with labels, baselines, and the probabilities and logits in `predicted`."
-    baselines = [c for name in FLOORS for c in columns(f'floor_{name}', comp)]
+    baselines = [c for name in baselines_in(table) for c in columns(f'floor_{name}', comp)]
     kept = ['id', 'group', 'fold', *columns('y', comp), *baselines]
     oof = table.iloc[rows][kept].reset_index(drop=True)
     # p: mean of both orders, one: the first order, l: its logits
