@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from underdog.core import UserError
 from underdog.data.competition import LMSYS, WSDM
 from underdog.data.folds import swap_probs
-from underdog.data.metrics import apply_temperature, bootstrap_ci, fit_temperature, log_loss, paired_ci
+from underdog.data.metrics import apply_temperature, bootstrap_ci, fit_temperature, log_loss, paired_ci, softmax
+from underdog.data.pool import fit_pool
 from underdog.data.submission import check_submission, write_submission
 from underdog.inference.blend import Blend, cross_fit
 
@@ -25,7 +26,7 @@ def test_blend_is_at_least_as_good_as_its_best_member_and_symmetric(seed, c):
     truth, y, rng = drawn(60, seed, c)
     noise = dict(one=.5, two=1., three=2.)
     preds = {n: apply_temperature(truth*rng.lognormal(0, s, truth.shape), 1) for n, s in noise.items()}
-    blend = Blend.fit(y, preds, ridge=0.)
+    blend = Blend(fit_pool(y, preds, ridge=0., whole=0.))
     assert log_loss(y, blend.predict(preds)) <= min(log_loss(y, p) for p in preds.values()) + 1e-6
     assert all(w >= 0 for w in blend.weights.values())
     exchanged = blend.predict({k: swap_probs(p) for k, p in preds.items()})
@@ -121,3 +122,33 @@ def test_wsdm_submissions_name_the_winner(tmp_path):
     t = write_submission(tmp_path/'s.csv', ['y', 'x'], np.array([[.1, .9], [.8, .2]]), WSDM, tmp_path/'sample.csv')
     assert t.values.tolist() == [['x', 'model_a'], ['y', 'model_b']]
     assert check_submission(tmp_path/'s.csv', WSDM, tmp_path/'sample.csv') == 2
+
+
+# ---- what a blend is worth on rows that nobody has seen
+
+def two_views(rng, n, starts):
+    """(labels, {baseline, model}) of `n` rows: both see who wins, each with noise of its own.
+
+    With `starts` the model is the baseline and something more, else it knows nothing of it."""
+    signal, tie = rng.normal(0, .8, n), np.full(n, -.9)
+    truth = softmax(np.stack([signal/2, -signal/2, tie], 1))
+    y = np.eye(3)[(np.log(truth) + rng.gumbel(size=truth.shape)).argmax(1)]
+    seen, other = (.3*(signal + rng.normal(0, 1.2, n)) for _ in range(2))
+    both = seen + other if starts else other
+    return y, {name: softmax(np.stack([x/2, -x/2, tie], 1)) for name, x in dict(baseline=seen, model=both).items()}
+
+
+@pytest.mark.parametrize('starts', [True, False])
+def test_a_blend_does_not_lose_to_its_best_part(starts):
+    rng, worse, optimism = np.random.default_rng(0), [], []
+    inside = ['baseline'] if starts else []
+    for _ in range(30):
+        y, preds = two_views(rng, 400, starts)
+        fresh, fresh_preds = two_views(rng, 10_000, starts)
+        blend, part = log_loss(fresh, Blend.fit(y, preds, inside).predict(fresh_preds)), fresh_preds['model']
+        worse.append(blend - min(log_loss(fresh, p) for p in fresh_preds.values()))
+        # what the rows promise beyond the model, less what comes
+        promised = log_loss(y, preds['model']) - log_loss(y, cross_fit(y, preds, inside=inside, repeats=1))
+        optimism.append(promised - (log_loss(fresh, part) - blend))
+    assert np.mean(np.array(worse) <= .002) >= .95 and np.mean(worse) < .0005, worse
+    assert np.mean(optimism) < 2*np.std(optimism)/len(optimism)**.5

@@ -65,9 +65,9 @@ def make_rows(n, seed=0, comp=LMSYS, label=any_class, words=some_words):
 def with_labels(rows, y, comp=LMSYS): return rows.assign(**dict(zip(comp.classes, y.T)))
 
 
-def held_out_losses(rows):
-    "{baseline: log loss} on held-out folds."
-    predictions = cross_predict(rows, LMSYS, make_folds(rows, 3))
+def held_out_losses(rows, names=FLOORS):
+    "{baseline of `names`: log loss} on held-out folds."
+    predictions = cross_predict(rows, LMSYS, make_folds(rows, 3), names)
     return {name: log_loss(labels_of(rows, LMSYS), p) for name, p in predictions.items()}
 
 

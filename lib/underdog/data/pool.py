@@ -22,25 +22,28 @@ def _centred(p):
     z = np.log(np.clip(p, 1e-15, 1))
     return z - z.mean(1, keepdims=True)
 
-def _deserved(y, preds):
+def _deserved(y, preds, inside):
     """Weights (K,) that know how sure the order of the predictions is: equal where the rows cannot tell.
 
-    They are exp(-d/se) of the paired difference d to the best prediction and its standard error, normalised."""
+    They are exp(-d/se) of the paired difference d to the best prediction and its standard error, normalised; 0 for
+    those that are `inside` (K,) another one."""
     losses = np.stack([row_log_loss(y, p) for p in preds])
     worse = losses - losses[losses.mean(1).argmin()]
     standard_error = worse.std(1)/len(y)**.5
-    weights = np.exp(-worse.mean(1)/(standard_error + 1e-9))
+    weights = np.exp(-worse.mean(1)/(standard_error + 1e-9))*~inside
     return weights/weights.sum()
 
-def fit_pool(y, preds, ridge=20.):
+def fit_pool(y, preds, inside=(), ridge=10., whole=100.):
     """{name: weight} with the least log loss on the labels `y` (n, C) of `preds`, {name: (n, C)}.
 
-    They are pulled towards the weights that each prediction deserves by itself. The pull is `ridge` times the
-    squared distance, in nats summed over rows: it counts with two hundred rows and not with ten thousand."""
+    They are pulled towards the weights that each prediction deserves by itself, those of `inside` (names) to 0: another
+    prediction contains them. The pull is `ridge` times the squared distance, in nats summed over rows, so it counts
+    with two hundred rows and not with ten thousand. Another pull, `whole`, keeps the sum near 1."""
     from scipy.optimize import minimize
     y, names = np.asarray(y, float), list(preds)
     z = np.stack([_centred(preds[n]) for n in names])   # (K, n, C)
-    start, pull = _deserved(y, [preds[n] for n in names]), ridge/len(y)
+    start = _deserved(y, [preds[n] for n in names], np.isin(names, [*inside]))
+    pull, whole = ridge/len(y), whole/len(y)
 
     def objective(w):
         "(loss, gradient) at the weights `w` (K,)."
@@ -49,8 +52,9 @@ def fit_pool(y, preds, ridge=20.):
         s -= s.max(1, keepdims=True)
         lse = np.log(np.exp(s).sum(1, keepdims=True))
         # log loss and its gradient, and the pull
-        loss = -(y*(s - lse)).sum()/len(y) + pull*((w - start)**2).sum()
+        beyond = w.sum() - 1
+        loss = -(y*(s - lse)).sum()/len(y) + pull*((w - start)**2).sum() + whole*beyond**2
         grad = ((np.exp(s - lse) - y)*z).sum((1, 2))/len(y)
-        return loss, grad + 2*pull*(w - start)
+        return loss, grad + 2*pull*(w - start) + 2*whole*beyond
     best = minimize(objective, start, jac=True, bounds=[(0, None)]*len(names), method='L-BFGS-B')
     return {n: float(w) for n, w in zip(names, best.x)}

@@ -13,7 +13,7 @@ import pandas as pd
 from ..core import UserError
 from ..runfolder import columns
 from ..data.metrics import row_log_loss
-from .blend import Blend, gather_oof
+from .blend import Blend, contained, cross_fit, gather_oof
 from .job import Job
 from .lastresort import excused
 from .schedule import PassTurn, best_ranking, compare_rankings, doubt, order_turns
@@ -38,8 +38,9 @@ class Evidence:
     `model_of`: {run folder: model}; `baseline`: the one that is blended with them. The `levels` of a row: {model: how
     many orders it has answered}."""
     def __init__(self, runs, with_floors=True, baseline=''):
-        self.oof, self.model_of, self._fitted = None, {run.path: str(run.path) for run in runs}, {}
+        self.oof, self.model_of, self._fitted, self._nested = None, {run.path: str(run.path) for run in runs}, {}, {}
         self.baseline, self.with_floors = baseline or runs[0].config['best_floor'], with_floors
+        self._inside = contained(runs, runs[0].config['best_floor'])
         if all(run.oof_file.exists() for run in runs):
             with excused('what held-out rows say'): self._read(runs)
 
@@ -64,19 +65,25 @@ class Evidence:
             members[model] = self._probabilities(model if orders > 1 else f'one_{model}')
         return members
 
+    def _key(self, levels): return self.baseline, *sorted(levels.items())
+
     def blend(self, levels):
         "The `Blend` for rows in the state `levels`."
-        key = (self.baseline, *sorted(levels.items()))
+        key = self._key(levels)
         if key not in self._fitted:
-            if self.oof is not None: self._fitted[key] = Blend.fit(self.y, self.members(levels))
+            if self.oof is not None: self._fitted[key] = Blend.fit(self.y, self.members(levels), self._inside)
             else:
                 alike = levels or [self.baseline]
                 self._fitted[key] = Blend({name: 1/len(alike) for name in alike})
         return self._fitted[key]
 
     def held_out(self, levels):
-        "Blended probabilities (n, C) of the held-out rows in the state `levels`."
-        return self.blend(levels).predict(self.members(levels))
+        "Blended probabilities (n, C) of the held-out rows in the state `levels`, each with weights of other prompts."
+        key = self._key(levels)
+        if key not in self._nested:
+            nested = cross_fit(self.y, self.members(levels), self.oof['group'], self._inside, n_folds=5, repeats=1)
+            self._nested[key] = nested
+        return self._nested[key]
 
     def plan(self, jobs):
         """The `PassPlan` of all passes of the `jobs` over their rows, the best per token first.
