@@ -19,10 +19,14 @@ from underdog.search.sweep import Sweep, read_sweep
 from underdog.search.sweep_figures import axis_of, importances, write_figures
 from underdog.search.trials import abandon, eval_losses, falls_behind, run_sweep
 
-PRETEND = '''import json, math, time
+PRETEND = '''import json, math, os, time
 from pathlib import Path
 run = Path(out)
 run.mkdir(parents=True, exist_ok=True)
+if len([*run.glob('died-*')]) < die:
+    (run/'status.json').write_text(json.dumps(dict(state='running', step=0, of=30)))
+    (run/f'died-{time.time_ns()}').touch()
+    os.kill(os.getpid(), 9)
 if lr > fail_above: raise ValueError('the loss is not finite')
 done = len((run/'metrics.jsonl').read_text().splitlines()) if (run/'metrics.jsonl').exists() else 0
 state = 'finished'
@@ -55,7 +59,7 @@ LOG_LR = dict(lr=dict(low=1e-6, high=1e-2, log=True))
 def kernel(tmp_path):
     "A kernel that pretends to train: its loss is a parabola in log lr."
     new_cell, file = nbformat.v4.new_code_cell, tmp_path/'pretend.ipynb'
-    parameters = "lr = 1e-4\nrank = 8\nnap = 0.0\nfail_above = 9.0\nout = 'run'"
+    parameters = "lr = 1e-4\nrank = 8\nnap = 0.0\ndie = 0\nfail_above = 9.0\nout = 'run'"
     cells = [new_cell(parameters, metadata=dict(tags=['parameters'])), new_cell(PRETEND)]
     spec = dict(name='python3', display_name='Python 3', language='python')
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=spec)), file)
@@ -199,6 +203,17 @@ def test_a_grid_is_walked_once_and_failures_are_kept_and_not_repeated(tmp_path, 
     assert len(again) == 6
     first = tmp_path/'out'/table['trial'][0]
     assert (first/'pretend.ipynb').is_file() and eval_losses(RunFolder(first/'run'))
+
+
+@pytest.mark.parametrize('die,states', [(1, ['complete']), (2, ['failed'])])
+def test_a_trial_that_was_killed_is_tried_once_more(tmp_path, kernel, die, states):
+    "Out of memory, or somebody's kill: no fault of the settings, unless it happens again."
+    said = []
+    file = write(tmp_path, kernel, trials=1, search='grid', fixed=dict(die=die), space=dict(lr=[1e-4]))
+    table = run_sweep(read_sweep(file), tmp_path/'out', say=said.append)
+    assert table['state'].tolist() == states and len(said) == 2 and 'killed' in said[0]
+    # what a trial says at its end has words, whatever is drawn around them
+    if die > 1: assert 'died' in table['why'][0] or 'code' in table['why'][0]
 
 
 def test_a_limit_ends_it_and_the_next_session_goes_on(tmp_path, kernel):

@@ -6,12 +6,12 @@
 __all__ = ['run_sweep', 'take_over']
 
 # %% ../../../nbs/6_search/08_trials.ipynb #2d8ff90d
-import json, math, os, resource, shutil, signal, socket, subprocess, sys, time
+import json, math, os, re, resource, shutil, signal, socket, subprocess, sys, time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core import UserError, write_json
+from ..core import UserError, first_line, write_json
 from ..machine import gpu_count
 from ..session import Clock, alive, duration, locked
 from ..runfolder import RunFolder
@@ -60,7 +60,7 @@ class TrialRun:
         return values
 
 def run_trial(trial_run, turn, end=math.inf):
-    """Train with the settings of a trial in a child process; returns its state: complete, pruned, failed or paused.
+    """Train with the settings of a trial in a child process; returns its state: complete, pruned, failed, killed, paused.
 
     `turn`: a descriptor that the child inherits, so that the folder stays locked as long as either lives; `end`: the
     time.monotonic at which the training saves and ends."""
@@ -84,9 +84,11 @@ def run_trial(trial_run, turn, end=math.inf):
     # what became of it, and what it cost
     seconds, losses = time.monotonic() - began, eval_losses(run)
     state = _state(run, child.returncode, stopped, losses)
+    # for that its settings are not to blame; but the second time they are, as they may want more memory than there is
+    if state == 'failed' and _was_killed(run, child.returncode) and not _killed_before(t): state = 'killed'
     costs = dict(seconds=seconds, cpu_s=_cpu_seconds() - cpu_before, gpu_s=seconds*gpu_count())
     for name, value in costs.items(): t.trial.set_user_attr(name, round(value, 1))
-    if state == 'failed': t.trial.set_user_attr('why', _last_words(t.log_file, child.returncode))
+    if state in ('failed', 'killed'): t.trial.set_user_attr('why', _last_words(run, t.log_file, child.returncode))
     _tell(t, state, losses)
     return state
 
@@ -120,10 +122,23 @@ def _state(run, code, stopped, losses):
     if not losses: return 'failed'   # there is no score
     return 'complete' if status == 'finished' else 'pruned'
 
-def _last_words(log_file, code):
-    "The last line of a log; the exit code where there is none."
-    if not log_file.stat().st_size: return f'exit code {code}'
-    return log_file.read_text(errors='replace').strip().splitlines()[-1][-300:]
+def _was_killed(run, code):
+    "Did a signal end the training, or a process that waited for it? Nobody could note then that it failed."
+    if code < 0: return True
+    status = run.status if run.status_file.is_file() else dict(state='', reason='')
+    return status['state'] == 'running' or bool(re.search(r'ended with code -\d', status['reason']))
+
+def _killed_before(trial_run):
+    earlier = [t for t in trials_of(trial_run.study) if folder_of(t.params) == trial_run.folder.name]
+    return any(t.user_attrs.get('state') == 'killed' for t in earlier)
+
+def _last_words(run, log_file, code):
+    "Why a trial failed: what its run has noted, else the last line of its log that says something, else its exit code."
+    status = run.status if run.status_file.is_file() else {}
+    if status.get('state') == 'failed' and status['reason']: return first_line(status['reason'])[-300:]
+    lines = [line.strip(' │|') for line in log_file.read_text(errors='replace').splitlines()]
+    lines = [line for line in lines if re.search(r'\w', line)]
+    return lines[-1][-300:] if lines else f'exit code {code}'
 
 def _tell(trial_run, state, losses):
     "Tell the study what became of a trial."
