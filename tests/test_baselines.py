@@ -104,6 +104,9 @@ def test_a_pool_is_not_worse_than_its_best_part_and_ignores_noise():
     weights = fit_pool(y, dict(good=good, noise=noise))
     assert min(weights.values()) >= 0 and weights['noise'] < .1
     assert log_loss(y, pooled(weights, dict(good=good, noise=noise))) < log_loss(y, good) + .002
+    # what another one contains is left out, unless there is no other
+    assert fit_pool(y, dict(good=good, noise=noise), inside=['noise'])['noise'] < weights['noise'] + .01
+    assert abs(fit_pool(y, dict(good=good), inside=['good'])['good'] - fit_pool(y, dict(good=good))['good']) < 1e-9
     # a second copy adds nothing
     twice = dict(good=good, copy=good)
     one, two = fit_pool(y, dict(good=good)), fit_pool(y, twice)

@@ -88,7 +88,7 @@ def test_blend_weights_belong_to_the_state(world, finished, joint):
     assert set(evidence.blend({}).weights) == {best}
     def probs(prefix): return evidence.oof[columns(prefix, LMSYS)].to_numpy()
     members = {best: probs(f'floor_{best}'), both: probs(both)}
-    assert evidence.blend({both: 2}).weights == pytest.approx(Blend.fit(evidence.y, members).weights)
+    assert evidence.blend({both: 2}).weights == pytest.approx(Blend.fit(evidence.y, members, [best]).weights)
     assert Evidence([finished], with_floors=False).blend({pair: 1}).weights.keys() == {pair}
 
 

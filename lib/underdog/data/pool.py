@@ -26,7 +26,8 @@ def _deserved(y, preds, inside):
     """Weights (K,) that know how sure the order of the predictions is: equal where the rows cannot tell.
 
     They are exp(-d/se) of the paired difference d to the best prediction and its standard error, normalised; 0 for
-    those that are `inside` (K,) another one."""
+    those that are `inside` (K,) another one, if there is another one."""
+    if inside.all(): inside = ~inside
     losses = np.stack([row_log_loss(y, p) for p in preds])
     worse = losses - losses[losses.mean(1).argmin()]
     standard_error = worse.std(1)/len(y)**.5
