@@ -8,6 +8,7 @@ import time
 from contextlib import contextmanager
 
 import nbformat
+import pandas as pd
 import pytest
 from conftest import slow
 
@@ -324,3 +325,16 @@ def test_figures_of_every_kind_of_parameter(tmp_path, kernel):
     assert labels >= {'lr', 'rank', 'fail_above', 'importance', 'seconds of CPU', 'evaluation'}
     assert axis_of([1e-6, 1e-4, 1e-2], sweep.space['lr']).places == pytest.approx([0, .5, 1])
     assert axis_of([8, 4], [4, 8]).places == [1, 0]
+
+
+def test_figures_do_not_grow_with_what_is_drawn(tmp_path):
+    "Thousands of evaluations, hundreds of values and long names get as many labels as a person reads."
+    from underdog.search.sweep_figures import _plot_sweep
+    names = [f'/models/{i}/${"x"*5000}' for i in range(300)]
+    table = pd.DataFrame(dict(model=names[:4], state='complete', loss=[.9, .8, .85, .95], cpu_s=1., gpu_s=0.,
+                              curve=[[1.]*3000]*4))
+    figure = _plot_sweep(table, dict(model=names), {})
+    figure.canvas.draw()
+    axes = [ax for part in figure.subfigs for ax in part.axes]
+    assert max(len(ax.get_xticklabels()) for ax in axes) <= 20
+    assert max(len(label.get_text()) for ax in axes for label in ax.get_xticklabels()) < 30

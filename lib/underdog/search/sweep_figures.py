@@ -31,14 +31,19 @@ def _plot_parameter(ax, table, name, given=None):
         part = table[table['state'] == state]
         x = [given.index(v) for v in part[name]] if isinstance(given, list) else part[name]
         ax.scatter(x, part['loss'], c=colour, s=18, label=state)
-    if isinstance(given, list): ax.set_xticks(range(len(given)), [_short(v) for v in given])
+    if isinstance(given, list): ax.set_xticks(*zip(*_labelled(given)))
     if isinstance(given, dict) and given['log']: ax.set_xscale('log')
     ax.set_xlabel(name)
     ax.grid(alpha=.3)
 
 def _short(value):
-    "A value as a label: of a path its last part."
-    return Path(str(value)).name
+    "A value as a label: of a path its last part, cut where it is long; nothing in it is read as mathematics."
+    name = Path(str(value)).name
+    return (name if len(name) <= 20 else name[:19] + '…').replace('$', r'\$')
+
+def _labelled(given, most=20):
+    "(number, label) of the values of a list, of at most so many: each label has to be laid out."
+    return [(i, _short(given[i])) for i in range(0, len(given), -(-len(given)//most))]
 
 # %% ../../../nbs/6_search/09_sweep_figures.ipynb #858b5220
 class Axis(NamedTuple):
@@ -50,7 +55,7 @@ def axis_of(values, given):
     "The `Axis` for `values` of a parameter with this list or range in the space."
     if isinstance(given, list):
         last = max(1, len(given) - 1)
-        return Axis([given.index(v)/last for v in values], [(i/last, _short(v)) for i, v in enumerate(given)])
+        return Axis([given.index(v)/last for v in values], [(i/last, label) for i, label in _labelled(given)])
     scale = math.log if given['log'] else float
     low, high = scale(given['low']), scale(given['high'])
     ticks = [(0, f"{given['low']:g}"), (1, f"{given['high']:g}")]
@@ -98,10 +103,12 @@ def _plot_sweep(table, space, weights):
 
 def _plot_curves(ax, table):
     "The held-out losses of each trial; those that were stopped in grey."
+    from matplotlib.ticker import MaxNLocator
     for state, losses in zip(table['state'], table['curve']):
         colour = 'C0' if state == 'complete' else '.7'
         ax.plot(range(1, len(losses) + 1), losses, color=colour, lw=1, marker='.')
-    ax.set(xlabel='evaluation', xticks=range(1, 1 + max(map(len, table['curve']))))
+    ax.set_xlabel('evaluation')
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(alpha=.3)
 
 def write_figures(sweep, out):
