@@ -217,6 +217,10 @@ def coerce(cls, values):
     if needed: raise UserError(f"{cls.__name__} needs {', '.join(needed)}; give a value")
     return cls(**{name: convert(value, hints[name], name) for name, value in values.items()})
 
+_LARGEST = dict(   # by the name of a field: more is a slip of the hand, and would end in a traceback or never
+    seed=2**32 - 1, epochs=1000, n_folds=1000, evaluations=10_000, batch_rows=10**6, batch_tokens=10**8,
+    probe_rows=10**7, rank=4096, layers=1000, max_length=10**6, processes=64, machines=64)
+
 class Settings:
     "What every config can do. A field whose kernel parameter has another name says so: `metadata={'parameter': name}`."
     def __post_init__(self):
@@ -225,6 +229,8 @@ class Settings:
             value = getattr(self, f.name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f'{f.name}={value}: a finite number is wanted')
+            if f.name in _LARGEST and value > _LARGEST[f.name]:
+                raise UserError(f'{f.name}={value:,}: at most {_LARGEST[f.name]:,} makes sense')
 
     @classmethod
     def parameters(cls):
