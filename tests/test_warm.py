@@ -1,0 +1,71 @@
+"""Children that begin where their imports end (tests/offline/warm.py) are started, fail and die as others do."""
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import warm
+
+MANY = 8
+IS_WARM = '# warm\nimport sys; print("peft" in sys.modules)'
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    "Only processes with one thread for computing are started warm."
+    if os.environ.get('OMP_NUM_THREADS') != '1' or os.environ.get('UNDERDOG_COLD'):
+        pytest.skip('children start warm with OMP_NUM_THREADS=1 and without UNDERDOG_COLD')
+
+
+def said(code, *arguments, **how):
+    "What a process with this code writes."
+    return subprocess.run([sys.executable, '-c', code, *arguments], check=True, text=True, capture_output=True,
+                          **how).stdout.strip()
+
+
+def test_threads_that_ask_at_the_same_time_have_each_its_own_child():
+    code = '# warm\nimport os, sys; print(sys.argv[1], os.getppid())'
+    with ThreadPoolExecutor(MANY) as pool: answers = list(pool.map(lambda n: said(code, str(n)), range(MANY)))
+    assert answers == [f'{n} {os.getpid()}' for n in range(MANY)]
+
+
+@pytest.mark.parametrize('how', [dict(umask=0o077), dict(preexec_fn=int), dict(process_group=0), dict(user=os.getuid()),
+                                 dict(close_fds=False)], ids=lambda how: ''.join(how))
+def test_what_a_fork_cannot_give_is_started_cold(how):
+    assert said(IS_WARM, **how) == 'False'
+
+
+def test_a_start_that_fails_is_no_success(tmp_path):
+    assert said(IS_WARM) == 'True'
+    result = subprocess.run([sys.executable, '-c', IS_WARM], cwd=tmp_path/'nowhere', capture_output=True, text=True)
+    assert result.returncode == 1 and 'nowhere' in result.stderr and not result.stdout
+
+
+def test_a_child_whose_asker_is_dead_ends():
+    "It would wait for ever to become the child of a process that is no more; here it becomes one of the test."
+    dead = subprocess.Popen(['true'])
+    dead.wait()
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    request = dict(what=('-c', 'pass', False, []), env={}, cwd='/', session=False, parent=dead.pid, targets=[])
+    reap = warm.ctypes.CDLL(None).prctl
+    server = os.fork()
+    if not server:
+        here.close()
+        try: warm._answer(there)
+        finally: os._exit(0)
+    there.close()
+    reap(warm.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        here.send(warm.pickle.dumps(request))
+        child, end = int(here.recv(100)), time.monotonic() + 60
+        while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < end: time.sleep(.01)
+        if not ended[0]: os.kill(child, signal.SIGKILL)
+        assert ended == (child, 1 << 8)
+    finally:
+        reap(warm.PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+        here.close()
+        os.waitpid(server, 0)
