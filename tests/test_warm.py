@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import warm
@@ -45,6 +46,12 @@ def test_a_start_that_fails_is_no_success(tmp_path):
     assert result.returncode == 1 and 'nowhere' in result.stderr and not result.stdout
 
 
+def wait_for(child):
+    "(id, status) of a child that has ended, else None; it is a child of ours once its first parent has ended."
+    try: return os.waitpid(child, os.WNOHANG) if Path(f'/proc/{child}/stat').read_text().split()[2] == 'Z' else None
+    except ChildProcessError: return None
+
+
 def test_a_child_whose_asker_is_dead_ends():
     "It would wait for ever to become the child of a process that is no more; here it becomes one of the test."
     dead = subprocess.Popen(['true'])
@@ -62,8 +69,8 @@ def test_a_child_whose_asker_is_dead_ends():
     try:
         here.send(warm.pickle.dumps(request))
         child, end = int(here.recv(100)), time.monotonic() + 60
-        while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < end: time.sleep(.01)
-        if not ended[0]: os.kill(child, signal.SIGKILL)
+        while not (ended := wait_for(child)) and time.monotonic() < end: time.sleep(.01)
+        if not ended: os.kill(child, signal.SIGKILL)
         assert ended == (child, 1 << 8)
     finally:
         reap(warm.PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)

@@ -6,6 +6,7 @@ forks; the fork becomes a child of the process that asked (for a moment the reap
 folder, environment and arguments of a new process. What is not listed here is started as ever, and so is everything
 with UNDERDOG_COLD."""
 import ctypes
+import itertools
 import os
 import pickle
 import signal
@@ -15,8 +16,8 @@ import sys
 import threading
 
 # what these modules start, or are, needs the libraries anyway; a script says `# warm` in its first line
-MODULES = ('underdog.training.worker', 'underdog.inference.scored', 'underdog.kernels', 'torch.distributed.run',
-           'ipykernel_launcher', 'benchmarks.gpu')
+MODULES = ('underdog.training.worker', 'underdog.inference.scored', 'underdog.search.calibrate', 'underdog.kernels',
+           'torch.distributed.run', 'ipykernel_launcher', 'benchmarks.gpu')
 # these start nobody
 LAST = ('underdog.training.worker', 'benchmarks.gpu', 'multiprocessing.spawn')
 LIBRARIES = ('torch', 'torch.distributed.run', 'torch.distributed.elastic.multiprocessing.api', 'transformers',
@@ -25,6 +26,7 @@ LIBRARIES = ('torch', 'torch.distributed.run', 'torch.distributed.elastic.multip
 # read by libraries at their import
 AT_IMPORT = ('OMP_NUM_THREADS', 'HF_HUB_OFFLINE', 'HF_HOME', 'HF_HUB_CACHE')
 PR_SET_CHILD_SUBREAPER = 36
+FLAGS = ('-u', '-B')   # of the interpreter, which a fork can have
 MOST = 1 << 20   # bytes of a request
 # group, gid, groups, uid, umask and preexec_fn of a process that wants none of these
 PLAIN = (-1, None, None, None, -1, None)
@@ -78,17 +80,18 @@ class Server:
 
 
 def _wanted(args, env):
-    "(kind, name, unbuffered, arguments) of a command that can be started warm, else None."
+    "(kind, name, flags, arguments) of a command that can be started warm, else None."
     same = all(env.get(n.encode()) == os.environb.get(n.encode()) for n in AT_IMPORT)
     if args[:1] != [sys.executable] or not same or env.get(b'OMP_NUM_THREADS') != b'1': return None
     if b'UNDERDOG_TEST_KERNEL' in env or b'KAGGLE_LOOPBACK' in env: return None
-    unbuffered, rest = '-u' in args[1:2], args[1 + ('-u' in args[1:2]):]
-    if rest[:1] == ['-m'] and rest[1] in MODULES: return '-m', rest[1], unbuffered, rest[2:]
+    rest = list(itertools.dropwhile(FLAGS.__contains__, args[1:]))
+    flags = args[1:len(args) - len(rest)]
+    if rest[:1] == ['-m'] and rest[1] in MODULES: return '-m', rest[1], flags, rest[2:]
     if rest[:1] == ['-c']:
-        if 'multiprocessing.spawn ' in rest[1]: return '-c', rest[1], unbuffered, rest[2:]
-        if rest[1].lstrip().startswith('# warm'): return '-c', rest[1], unbuffered, rest[2:]
+        if 'multiprocessing.spawn ' in rest[1]: return '-c', rest[1], flags, rest[2:]
+        if rest[1].lstrip().startswith('# warm'): return '-c', rest[1], flags, rest[2:]
     # a script under torchrun
-    if rest and rest[0].endswith('.py') and b'TORCHELASTIC_RUN_ID' in env: return '', rest[0], unbuffered, rest[1:]
+    if rest and rest[0].endswith('.py') and b'TORCHELASTIC_RUN_ID' in env: return '', rest[0], flags, rest[1:]
 
 
 SERVER = Server()
@@ -136,7 +139,7 @@ def _become(request, descriptors, requests, between):
     import traceback
     while os.getppid() == between: time.sleep(.001)
     if os.getppid() != request['parent']: os._exit(1)   # who asked has died
-    kind, name, unbuffered, arguments = request['what']
+    kind, name, flags, arguments = request['what']
     if request['session']: os.setsid()
     requests.send(b'begun')
     code = 1
@@ -145,7 +148,8 @@ def _become(request, descriptors, requests, between):
         module = name if kind == '-m' else 'multiprocessing.spawn' if 'multiprocessing.spawn ' in name else ''
         if module not in LAST: have_a_server()
         _environment(request['env'], request['cwd'])
-        _streams(unbuffered)
+        _streams('-u' in flags)
+        sys.dont_write_bytecode |= '-B' in flags
         code = _run(kind, name, arguments)
     except BaseException: os.write(2, traceback.format_exc().encode())
     finally: os._exit(code)
