@@ -46,8 +46,8 @@ class Server:
     def fork_exec(self, start, args, executables, close_fds, pass_fds, cwd, env, *rest):
         "In place of `_posixsubprocess.fork_exec`: the id of the new child."
         before = dict(env and (e.split(b'=', 1) for e in env) or os.environb)
-        what = _wanted([os.fsdecode(a) for a in args], before)
-        if not what or not close_fds or rest[10:16] != PLAIN: return start(args, executables, close_fds, pass_fds, cwd, env, *rest)
+        what = close_fds and rest[10:16] == PLAIN and _wanted([os.fsdecode(a) for a in args], before)
+        if not what: return start(args, executables, close_fds, pass_fds, cwd, env, *rest)
         # the pipes of the child; where it has none of its own, those of this process
         stdin, _, _, stdout, _, stderr, errors_read, errors, _, session = rest[:10]
         descriptors = {n: (fd if fd >= 0 else n) for n, fd in enumerate((stdin, stdout, stderr))}
