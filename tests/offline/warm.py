@@ -16,8 +16,9 @@ import sys
 import threading
 
 # what these modules start, or are, needs the libraries anyway; a script says `# warm` in its first line
-MODULES = ('underdog.training.worker', 'underdog.inference.scored', 'underdog.search.calibrate', 'underdog.kernels',
-           'torch.distributed.run', 'ipykernel_launcher', 'benchmarks.gpu')
+MODULES = ('underdog.training.worker', 'underdog.inference.scored', 'underdog.search.calibrate',
+           'underdog.search.ceilings', 'underdog.kernels', 'torch.distributed.run', 'papermill', 'ipykernel_launcher',
+           'benchmarks.gpu')
 # these start nobody
 LAST = ('underdog.training.worker', 'benchmarks.gpu', 'multiprocessing.spawn')
 LIBRARIES = ('torch', 'torch.distributed.run', 'torch.distributed.elastic.multiprocessing.api', 'transformers',
@@ -83,7 +84,7 @@ def _wanted(args, env):
     "(kind, name, flags, arguments) of a command that can be started warm, else None."
     same = all(env.get(n.encode()) == os.environb.get(n.encode()) for n in AT_IMPORT)
     if args[:1] != [sys.executable] or not same or env.get(b'OMP_NUM_THREADS') != b'1': return None
-    if b'UNDERDOG_TEST_KERNEL' in env or b'KAGGLE_LOOPBACK' in env: return None
+    if b'KAGGLE_LOOPBACK' in env or _brings_libraries(env): return None
     rest = list(itertools.dropwhile(FLAGS.__contains__, args[1:]))
     flags = args[1:len(args) - len(rest)]
     if rest[:1] == ['-m'] and rest[1] in MODULES: return '-m', rest[1], flags, rest[2:]
@@ -92,6 +93,14 @@ def _wanted(args, env):
         if rest[1].lstrip().startswith('# warm'): return '-c', rest[1], flags, rest[2:]
     # a script under torchrun
     if rest and rest[0].endswith('.py') and b'TORCHELASTIC_RUN_ID' in env: return '', rest[0], flags, rest[1:]
+
+
+def _brings_libraries(env):
+    "Is this a Kaggle kernel with wheels, to which it may owe a library that the server has imported already?"
+    from pathlib import Path
+    if b'UNDERDOG_TEST_KERNEL' not in env: return False
+    tree = Path(os.fsdecode(env[b'UNDERDOG_KAGGLE']))
+    return any((tree/'site').glob('*')) or any((tree/'input').rglob('*.whl'))
 
 
 SERVER = Server()
@@ -179,6 +188,7 @@ def have_a_server():
 
 def _environment(env, cwd):
     import random
+    import tempfile
     import numpy
     os.environb.clear()
     os.environb.update(env)
@@ -187,7 +197,9 @@ def _environment(env, cwd):
     ours = os.path.dirname(__file__)
     rest = sys.path[sys.path.index(ours) + 1:]
     sys.path[:] = [p for p in os.environ.get('PYTHONPATH', '').split(os.pathsep) if p] + rest
+    if 'UNDERDOG_TEST_KERNEL' in os.environ: sys.modules['sitecustomize']._hide_checkout(os.environ['UNDERDOG_KAGGLE'])
     sys.path_importer_cache.clear()
+    tempfile.tempdir = None
     random.seed()
     numpy.random.seed()
     signal.signal(signal.SIGINT, signal.default_int_handler)
