@@ -26,6 +26,7 @@ def run(notebook, log):
     try:
         for n in (1, 2): os.dup2(log.fileno(), n)
         import warm
+        warm.streams(unbuffered=True)
         if not os.environ.get('UNDERDOG_COLD'): warm.have_a_server()
         from nbdev.config import get_config
         from nbdev.test import test_nb
@@ -37,13 +38,14 @@ def run(notebook, log):
 
 def finish(running):
     "Wait for one of `running`, {id: (notebook, log)}, and tell of it; did it pass?"
-    process, status, used = os.wait3(0)
+    process = None
+    while process not in running: process, status, used = os.wait3(0)   # orphans of tests come here, too
     notebook, log = running.pop(process)
     seconds, code = used.ru_utime + used.ru_stime, os.waitstatus_to_exitcode(status)
     with log:
         log.seek(0)
         said = log.read().decode(errors='replace')
-    name = notebook.relative_to(ROOT)
+    name = os.path.relpath(notebook, ROOT)
     if code: print(f'{name} FAILED with code {code}\n{said}', flush=True)
     elif seconds > SLOW: print(f'{name}: {seconds:.0f} s', flush=True)
     return code == 0

@@ -1,4 +1,6 @@
-"""Children that begin where their imports end (tests/offline/warm.py) are started, fail and die as others do."""
+"""Children that begin where their imports end (tests/offline/warm.py) are started, fail and die as others do.
+
+So do notebooks (tests/notebooks.py)."""
 import os
 import signal
 import socket
@@ -8,6 +10,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import nbformat
+import notebooks
 import pytest
 import warm
 
@@ -76,3 +80,19 @@ def test_a_child_whose_asker_is_dead_ends():
         reap(warm.PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
         here.close()
         os.waitpid(server, 0)
+
+
+@pytest.mark.parametrize('last,code,text', [
+    ('assert x == 1', 0, ''),
+    ('assert x == 2, "it is one"', 1, 'While Executing Cell #4:'),
+    ('import os; os.kill(os.getpid(), 9)', -9, '')])
+def test_a_notebook_passes_fails_or_dies(tmp_path, capsys, last, code, text):
+    "Cells that are not to be run are left out; what fails is told with its cell."
+    file, cells = tmp_path/'lesson.ipynb', ['#| slow\n1/0', '#| eval: false\n1/0', 'x = 1', last]
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells]), file)
+    log = open(tmp_path/'log', 'w+b')
+    assert notebooks.finish({notebooks.run(file, log): (file, log)}) == (code == 0)
+    told = capsys.readouterr().out
+    assert text in told and ('lesson.ipynb FAILED' in told) == (code != 0)
+    assert not code or f'with code {code}' in told
+    assert ('it is one' in told) == (code == 1)

@@ -157,7 +157,7 @@ def _become(request, descriptors, requests, between):
         module = name if kind == '-m' else 'multiprocessing.spawn' if 'multiprocessing.spawn ' in name else ''
         if module not in LAST: have_a_server()
         _environment(request['env'], request['cwd'])
-        _streams('-u' in flags)
+        streams('-u' in flags)
         sys.dont_write_bytecode |= '-B' in flags
         code = _run(kind, name, arguments)
     except BaseException: os.write(2, traceback.format_exc().encode())
@@ -205,7 +205,7 @@ def _environment(env, cwd):
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _streams(unbuffered):
+def streams(unbuffered):
     for n, name in ((1, 'stdout'), (2, 'stderr')):
         stream = open(n, 'w', buffering=1, closefd=False, encoding='utf-8', errors='backslashreplace')
         if unbuffered: stream.reconfigure(write_through=True)
