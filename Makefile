@@ -50,8 +50,8 @@ check: sync
 
 test: check
 	@echo '== notebooks =='
-	@# tests/offline: no other machine is reached, and children begin where their imports end
-	PYTHONPATH='$(CURDIR)/tests/offline' OMP_NUM_THREADS=1 .venv/bin/nbdev_test --n_workers 2 --do_print
+	@# the laws of nbdev_test, in forks of one process that has imported the libraries
+	$(PY) tests/notebooks.py
 	@echo '== tests =='
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist worksteal --durations 15 tests
 

@@ -157,6 +157,7 @@ def test_a_crashed_session_goes_on_from_its_checkpoint(server, hub, tmp_path, ho
         again = 'MemoryError.*the same command goes on from its checkpoint of step 4'
         with pytest.raises(UserError, match=again): relay()
     last = relay()
+    assert any('step 4' in message for message in messages), messages
     assert last.ref == 'me/crashing-2' and server.datasets['me/crashing-checkpoint']['private']
     assert last.expect['values']['resume_from'] == 'datasets/me/crashing-checkpoint/run'
     with zipfile.ZipFile(server.job(last.ref).output/'run.zip') as z: saved = z.namelist()

@@ -29,6 +29,7 @@ from underdog.model.selftest import Choice
 from underdog.model.settings import ModelConfig
 from underdog.text.heads import HEADS, orders_of
 from underdog.text.source import RowSource
+from underdog.training import probe
 from underdog.training.budget import plan_memory
 from underdog.training.loop import rehearse
 from underdog.training.probe import start_from_probe
@@ -245,6 +246,8 @@ def main(*families):
     quiet()
     # a test for each device and shape is enough
     planner.choose_attention = cache(planner.choose_attention)
+    # a probe is fitted on the CPU, as everywhere
+    probe._STRENGTHS = (1.,)
     print(json.dumps(dict(mixed=mixed())), flush=True)
     for family in families:
         with tempfile.TemporaryDirectory() as folder:
