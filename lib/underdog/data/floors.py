@@ -18,7 +18,7 @@ import pandas as pd
 from ..core import UserError, atomic_path, read_json, write_json
 from ..machine import resolve_input
 from .competition import get_competition
-from .counts import HASHED, Counts, count_rows, features
+from .counts import HASHED, Counts, count_rows, features, turned
 from .folds import labels_of, prompt_groups, swap_probs
 from .logistic import Dense, fit_logistic
 from .metrics import log_loss, softmax
@@ -55,9 +55,14 @@ class _Words:
         words, at = np.zeros(HASHED), 0
         for c, (a, b) in zip(self.spans, self.shares):
             part = g[at:at + len(a)]
-            words += c.a.T @ (a*part) - c.b.T @ (b*part)
+            words += turned(c.a) @ (a*part) - turned(c.b) @ (b*part)
             at += len(a)
         return np.append(self.idf*words, self.dense.odd_sum(g))
+
+def _seen(m, together=2**20):
+    "(2^16,) rows of the sparse `m` that have each word; a slice at a time, as numpy counts copies in 64 bits."
+    slices = range(0, m.nnz, together)
+    return sum((np.bincount(m.indices[i:i + together], minlength=HASHED) for i in slices), np.zeros(HASHED, int))
 
 class _Units(NamedTuple):
     "What a count is measured by; fitted on the training rows."
@@ -69,7 +74,7 @@ class _Units(NamedTuple):
     def of(cls, spans):
         "Those of the rows in `spans`, in both orders."
         odd, even = (np.vstack([getattr(c, side) for c in spans]) for side in ('odd', 'even'))
-        seen = sum(np.bincount(m.indices, minlength=HASHED) for c in spans for m in (c.a, c.b))
+        seen = sum(_seen(m) for c in spans for m in (c.a, c.b))
         return cls(
             mean=np.append(np.zeros(odd.shape[1]), even.mean(0)),
             scale=np.append(np.sqrt((odd**2).mean(0)), even.std(0)) + 1e-6,
@@ -223,25 +228,27 @@ def _shapes(k):
         tfidf_coef=(k, HASHED + f), tfidf_intercept=(k,))
 
 # %% ../../../nbs/1_data/07_floors.ipynb #8f92b0ff
-def fit_floors(df, comp, folds):
+def fit_floors(df, comp, folds, groups=None):
     """(`Floors` of all rows, {baseline: held-out probabilities (n, C)}): each fold predicted by fits on the others.
 
-    Rows of fold -1 are in no fit; those of all others predict them."""
-    fits = _fit_without(df, comp, folds, [-1, *np.unique(folds[folds >= 0])])
+    Rows of fold -1 are in no fit; those of all others predict them. `groups`: what `prompt_groups` says, if it was
+    asked."""
+    fits = _fit_without(df, comp, folds, [-1, *np.unique(folds[folds >= 0])], groups=groups)
     return fits[0][0], _gather(fits, len(df), comp)
 
 def cross_predict(df, comp, folds):
     "{baseline: held-out probabilities (n, C)}: each fold predicted by `Floors` fitted on the others."
     return _gather(_fit_without(df, comp, folds, np.unique(folds)), len(df), comp)
 
-def _fit_without(df, comp, folds, held):
+def _fit_without(df, comp, folds, held, groups=None):
     """[(`Floors`, numbers of the rows, their predictions)] for each fold of `held`: fitted without it, and without -1.
 
     Rows are counted once; the fits work on all cores."""
     from threadpoolctl import threadpool_limits
     # fold after fold, so that each is a slice
     order = np.argsort(folds, kind='stable')
-    folds, y, groups = folds[order], labels_of(df, comp).astype(float)[order], prompt_groups(df)[order]
+    folds, y = folds[order], labels_of(df, comp).astype(float)[order]
+    groups = (prompt_groups(df) if groups is None else groups)[order]
     counts, free = count_rows(df.iloc[order]), np.searchsorted(folds, 0)
     def fit(fold):
         start, stop = np.searchsorted(folds, [fold, fold + 1])
