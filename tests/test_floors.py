@@ -10,7 +10,7 @@ from scipy.sparse import vstack
 
 from underdog.core import UserError
 from underdog.data.competition import LMSYS, WSDM
-from underdog.data.counts import HASHED, count_rows, count_words, features
+from underdog.data.counts import HASHED, count_rows, count_words, features, turned
 from underdog.data.designs import Units
 from underdog.data.floors import FLOORS, Floors, best_floor, fit_floors, cross_predict
 from underdog.data.folds import labels_of, make_folds, swap_probs, swap_rows
@@ -368,3 +368,14 @@ def test_real_rows(shared_data):
     rows, _ = read_rows(shared_data/'lmsys_train_1000.csv')
     scores = held_out_losses(rows)
     assert 1.09 < scores['prior'] < 1.1 and scores['length'] < 1.08 and scores['tfidf'] < 1.075
+
+
+def test_a_span_of_rows_shares_its_words_with_the_whole(rows):
+    "Also where it is a small part, and turned: two fits at a time would hold half a gigabyte of copies."
+    whole = count_rows(rows)
+    part = whole.span(3, 9)
+    for m, all_of_it in ((part.a, whole.a), (part.b, whole.b)):
+        for view in (m, turned(m)):
+            assert np.shares_memory(view.data, all_of_it.data) and np.shares_memory(view.indices, all_of_it.indices)
+        np.testing.assert_array_equal(m.toarray(), all_of_it[3:9].toarray())
+        np.testing.assert_array_equal(turned(m).toarray(), m.toarray().T)

@@ -130,6 +130,8 @@ sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from fixtures import small_run
 from underdog.core import UserError
+from underdog.training import run
+if sys.argv[5:]: run._LARGE = 0   # so that the worker begins before the rows are read
 try: small_run(Path(sys.argv[2]), sys.argv[3], epochs=6., session=dict(save_minutes=float(sys.argv[4])))
 except UserError as e:
     print(e)
@@ -137,9 +139,11 @@ except UserError as e:
 """
 
 
-def command(world, out, save_minutes=15):
-    "A process that trains as `small_run` does, for six epochs; exit code 3 where the folder is refused."
-    arguments = [os.path.dirname(__file__), world, out, save_minutes]
+def command(world, out, save_minutes=15, early=False):
+    """A process that trains as `small_run` does, for six epochs; exit code 3 where the folder is refused.
+
+    `early`: its worker begins as early as that of a large file."""
+    arguments = [os.path.dirname(__file__), world, out, save_minutes] + ['early']*early
     return subprocess.Popen([sys.executable, '-c', SMALL_RUN, *map(str, arguments)],
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -204,16 +208,16 @@ def test_sigterm_pauses_and_sigkill_loses_only_what_was_not_saved(world, uninter
     assert 'this run is finished' in again.communicate(timeout=120)[0] and again.returncode == 0
 
 
-@slow
-def test_an_orphan_saves_and_ends_and_only_then_another_may_start(world, uninterrupted, tmp_path):
+@pytest.mark.parametrize('early', [True, pytest.param(False, marks=slow)])
+def test_an_orphan_saves_and_ends_and_only_then_another_may_start(early, world, uninterrupted, tmp_path):
     "The parent alone is killed: its worker notices, saves and ends; until then the folder is refused to others."
     run = tmp_path/'run'
-    process = command(world, run)
+    process = command(world, run, early=early)
     until(run, 2, process)
     process.kill()
     process.wait()
     # refused, unless the worker was quicker
-    second = command(world, run)
+    second = command(world, run, early=early)
     out = second.communicate(timeout=300)[0]
     refused = second.returncode == 3
     if refused: assert 'is at work there' in out
@@ -226,7 +230,7 @@ def test_an_orphan_saves_and_ends_and_only_then_another_may_start(world, uninter
     status = RunFolder(run).status
     if refused: assert status['state'] == 'paused' and 'process that started it is gone' in status['reason']
     # another goes on
-    if status['state'] != 'finished': assert command(world, run).wait(300) == 0
+    if status['state'] != 'finished': assert command(world, run, early=early).wait(300) == 0
     check_same(run, uninterrupted)
 
 

@@ -154,7 +154,8 @@ def fingerprint(*parts):
         if isinstance(part, np.ndarray): part = _array_bytes(part)
         elif isinstance(part, str): part = part.encode('utf-8', 'surrogatepass')
         elif not isinstance(part, bytes): part = json.dumps(part, sort_keys=True, default=_plain).encode()
-        h.update(len(part).to_bytes(8, 'little') + part)
+        h.update(len(part).to_bytes(8, 'little'))
+        h.update(part)
     return h.hexdigest()[:16]
 
 def _array_bytes(x): return str(x.dtype).encode() + str(x.shape).encode() + np.ascontiguousarray(x).tobytes()

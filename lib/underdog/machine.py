@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['on_kaggle', 'scored_run', 'kaggle_root', 'cache_folder', 'library_root', 'resolve_input', 'pick_dtype', 'gpu_count',
-           'free_bytes', 'peak_memory_gb', 'seed_everything', 'quiet']
+           'free_bytes', 'peak_memory_gb', 'return_memory', 'seed_everything', 'quiet']
 
 # %% ../../nbs/01_machine.ipynb #411b4a87
-import logging, os, shutil, sys, tempfile, warnings, zipfile
+import ctypes, logging, os, shutil, sys, tempfile, warnings, zipfile
 from glob import escape
 from pathlib import Path
 
@@ -144,6 +144,11 @@ def peak_memory_gb():
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated(): return torch.cuda.max_memory_allocated()/1e9
     unit = 1 if sys.platform == 'darwin' else 1024   # macOS counts bytes, Linux kilobytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*unit/1e9
+
+def return_memory():
+    "Give back to the system what this process has freed: glibc keeps what lies between pieces that are still in use."
+    try: ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError, TypeError): pass   # no glibc
 
 def seed_everything(seed):
     "Seed Python, numpy and torch (all devices)."

@@ -16,11 +16,11 @@ import sys
 import threading
 
 # what these modules start, or are, needs the libraries anyway; a script says `# warm` in its first line
-MODULES = ('underdog.training.worker', 'underdog.inference.scored', 'underdog.search.calibrate',
+MODULES = ('underdog.training.worker', 'underdog.process', 'underdog.inference.scored', 'underdog.search.calibrate',
            'underdog.search.ceilings', 'underdog.kernels', 'torch.distributed.run', 'papermill', 'ipykernel_launcher',
            'benchmarks.gpu')
 # these start nobody
-LAST = ('underdog.training.worker', 'benchmarks.gpu', 'multiprocessing.spawn')
+LAST = ('underdog.training.worker', 'underdog.process', 'benchmarks.gpu', 'multiprocessing.spawn')
 LIBRARIES = ('torch', 'torch.distributed.run', 'torch.distributed.elastic.multiprocessing.api', 'transformers',
              'transformers.modeling_utils', 'accelerate', 'bitsandbytes', 'peft', 'datasets', 'pandas',
              'pyarrow.parquet', 'sklearn.linear_model', 'papermill', 'ipykernel.ipkernel')

@@ -85,7 +85,7 @@ def model_card(run, base, kind):
     "The model card, a text in Markdown with the Hub's metadata, of the finished `run` on `base`, exported as `kind`."
     from huggingface_hub import ModelCardData
     config, path = run.config, resolve_input(base)
-    comp, model, prompt = get_competition(config['competition']), config['model'], config['prompt']
+    comp, model = get_competition(config['competition']), config['model']
     name, licence = path.name, _licence(path)
     data = ModelCardData(
         base_model=name,

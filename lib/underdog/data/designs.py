@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .counts import HASHED, Counts
+from .counts import HASHED, Counts, turned
 from .logistic import Dense
 from .trees import TreeDesign
 
@@ -42,11 +42,16 @@ class _Words:
         words, at = np.zeros(HASHED), 0
         for c, (a, b) in zip(self.spans, self.shares):
             part = g[at:at + len(a)]
-            words += c.a.T @ (a*part) - c.b.T @ (b*part)
+            words += turned(c.a) @ (a*part) - turned(c.b) @ (b*part)
             at += len(a)
         return np.append(self.idf*words, self.dense.odd_sum(g))
 
 # %% ../../../nbs/1_data/06f_designs.ipynb #cc186d4f
+def _seen(m, together=2**20):
+    "(2^16,) rows of the sparse `m` that have each word; a slice at a time, as numpy counts copies in 64 bits."
+    slices = range(0, m.nnz, together)
+    return sum((np.bincount(m.indices[i:i + together], minlength=HASHED) for i in slices), np.zeros(HASHED, int))
+
 class Units(NamedTuple):
     "What features are measured by; fitted on the training rows."
     mean: np.ndarray          # (F,) of odd counts (0), then of even ones
@@ -58,7 +63,7 @@ class Units(NamedTuple):
     @classmethod
     def of(cls, spans):
         "Those of the rows in `spans`, in both orders."
-        seen = sum(np.bincount(m.indices, minlength=HASHED) for c in spans for m in (c.a, c.b))
+        seen = sum(_seen(m) for c in spans for m in (c.a, c.b))
         n = sum(len(c.odd) for c in spans)
         idf = np.where(seen >= 2, np.log((1 + 2*n)/(1 + seen)) + 1, 0)
         both = _measure(*_counts_and_traits(spans)) if spans[0].has_traits else (None, None)

@@ -222,25 +222,27 @@ def _shapes(k, names=FLOORS):
         **{name: (None,)*value.ndim for name, value in Trees.constant(k).tensors().items()})
 
 # %% ../../../nbs/1_data/07_floors.ipynb #8f92b0ff
-def fit_floors(df, comp, folds, names=FLOORS):
+def fit_floors(df, comp, folds, names=FLOORS, groups=None):
     """(`Floors` of all rows, {baseline of `names`: held-out probabilities (n, C)}).
 
-    Each fold is predicted by fits on the others. Rows of fold -1 are in no fit; those of all others predict them."""
-    fits = _fit_without(df, comp, folds, held=[-1, *np.unique(folds[folds >= 0])], names=names)
+    Each fold is predicted by fits on the others. Rows of fold -1 are in no fit; those of all others predict them.
+    `groups`: what `prompt_groups` says, if it was asked."""
+    fits = _fit_without(df, comp, folds, [-1, *np.unique(folds[folds >= 0])], names=names, groups=groups)
     return fits[0][0], _gather(fits, len(df), comp)
 
 def cross_predict(df, comp, folds, names=FLOORS):
     "{baseline of `names`: held-out probabilities (n, C)}: each fold predicted by `Floors` fitted on the others."
     return _gather(_fit_without(df, comp, folds, held=np.unique(folds), names=names), len(df), comp)
 
-def _fit_without(df, comp, folds, held, names=FLOORS):
+def _fit_without(df, comp, folds, held, names=FLOORS, groups=None):
     """[(`Floors`, numbers of the rows, their predictions)] for each fold of `held`: fitted without it, and without -1.
 
     Rows are counted once; the fits work on all cores."""
     from threadpoolctl import threadpool_limits
     # fold after fold, so that each is a slice
     order = np.argsort(folds, kind='stable')
-    folds, y, groups = folds[order], labels_of(df, comp).astype(float)[order], prompt_groups(df)[order]
+    folds, y = folds[order], labels_of(df, comp).astype(float)[order]
+    groups = (prompt_groups(df) if groups is None else groups)[order]
     counts, free = count_rows(df.iloc[order], traits='traits' in names), np.searchsorted(folds, 0)
     def fit(fold):
         start, stop = np.searchsorted(folds, [fold, fold + 1])

@@ -60,7 +60,7 @@ class TrialRun:
         return values
 
 def run_trial(trial_run, turn, end=math.inf):
-    """Train with the settings of a trial in a child process; returns its state: complete, pruned, failed, killed, paused.
+    """Train with the settings of a trial in a child process; its state: complete, pruned, failed, killed or paused.
 
     `turn`: a descriptor that the child inherits, so that the folder stays locked as long as either lives; `end`: the
     time.monotonic at which the training saves and ends."""

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import UserError, atomic_path, build_id, fingerprint, read_record, read_table, versions, write_json
-from ..machine import cache_folder
+from ..machine import cache_folder, return_memory
 from ..runfolder import RunFolder, columns
 from ..data.competition import get_competition
 from ..data.floors import BASELINES, FLOORS, Floors, best_floor, fit_floors
@@ -38,7 +38,7 @@ _LOOSE = ('lr', 'head_lr', 'weight_decay', 'max_grad_norm')
 class Described:
     "What will be trained."
     config: dict         # of the run folder
-    rows: pd.DataFrame   # the comparisons, with their folds
+    rows: pd.DataFrame   # the comparisons, with their groups and folds
     prompter: Prompter
 
 def describe(train_csv, model, prompt=PromptConfig(), cfg=TrainConfig(), competition=''):
@@ -49,6 +49,7 @@ def describe(train_csv, model, prompt=PromptConfig(), cfg=TrainConfig(), competi
     # the rows tell the competition, and so the number of classes
     comp = get_competition(competition) if competition else None
     df, report = read_rows(train_csv, comp, labelled=True)
+    return_memory()   # a third of it: the cells of the file
     comp = comp or get_competition(report.competition)
     model = replace(model, n_classes=comp.n_classes)
     prompter = Prompter(prompt, model.path, model.head)
@@ -71,12 +72,13 @@ def describe(train_csv, model, prompt=PromptConfig(), cfg=TrainConfig(), competi
     return Described(config, with_folds(df, cfg), prompter)
 
 def with_folds(df, cfg):
-    """`df` with a column `fold`, and of the rows to train on only the share `cfg.share`.
+    """`df` with columns `group` and `fold`, and of the rows to train on only the share `cfg.share`.
 
     Prompts are kept or left out as a whole; a smaller share is part of a larger one; all held-out rows are kept."""
-    df = df.assign(fold=make_folds(df, cfg.n_folds, cfg.seed))
+    groups = prompt_groups(df)
+    df = df.assign(group=groups, fold=make_folds(df, cfg.n_folds, cfg.seed, groups=groups))
     if cfg.share == 1: return df
-    groups, held = prompt_groups(df), (df['fold'] == cfg.fold).to_numpy()
+    held = (df['fold'] == cfg.fold).to_numpy()
     # prompts in a random order: rows are kept up to the prompt with which the share is reached
     order = np.random.default_rng(cfg.seed).permutation(groups.max() + 1)[groups]
     learned = np.flatnonzero(~held)[np.argsort(order[~held], kind='stable')]
@@ -119,10 +121,10 @@ def _row_table(df, comp, cfg):
     y, folds = labels_of(df, comp), df['fold'].to_numpy()
     held = folds == cfg.fold
     # baselines of training rows: out of fold, over folds of their own; of held-out rows: from all training rows
-    inner, groups = np.full(len(df), -1), prompt_groups(df)
+    inner, groups = np.full(len(df), -1), pd.factorize(df['group'])[0]
     learned = pd.factorize(groups[~held])[0]   # their groups, numbered as they come
     inner[~held] = make_folds(df[~held], min(5, cfg.n_folds), cfg.seed + 1, groups=learned)
-    floors, predictions = fit_floors(df, comp, inner, _baselines_for(len(df)))
+    floors, predictions = fit_floors(df, comp, inner, _baselines_for(len(df)), groups=groups)
     best = best_floor(y[~held], {name: p[~held] for name, p in predictions.items()})
     # together, as columns
     table = pd.DataFrame({'id': df['id'], 'group': groups, 'fold': folds, 'held': held})

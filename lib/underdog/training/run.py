@@ -6,10 +6,12 @@
 __all__ = ['train']
 
 # %% ../../../nbs/4_training/10_run.ipynb #5e5986ad
+from contextlib import nullcontext
+
 from ..core import UserError, remove_temporaries
 from ..machine import resolve_input
 from ..session import SessionConfig, locked
-from ..process import launch
+from ..process import launch, standby
 from ..text.prompt import PromptConfig
 from .prepare import describe, prepare
 from .settings import TrainConfig
@@ -24,23 +26,33 @@ def train(train_csv, model, out='run', prompt=PromptConfig(), cfg=TrainConfig(),
     the data or the model cannot work, before anything is written."""
     # the time limit counts from here
     clock = session.clock
-    # find mistakes before anything is written
-    described = describe(train_csv, model, prompt, cfg, competition=competition)
-    if session.resume_from: resolve_input(session.resume_from)
-    with locked(out) as lock:
-        # write the run folder
-        remove_temporaries(out)
-        run = prepare(out, described, session.resume_from, session.restart)
-        if run.trained:
-            _note_finished(run)
-            return run
-        # train in child processes, which inherit the lock: an orphan keeps others out until it ends
-        run.stop_file.unlink(missing_ok=True)
-        run.change_status('running')
-        args = [run.path, clock.end, 60*session.save_minutes]
-        code, tail = launch('underdog.training.worker', args, run.log_file, session,
-                            stop_file=run.stop_file, keep=(lock,))
-        return _ended(run, code, tail)
+    with _worker(train_csv, session) as worker:
+        # find mistakes before anything is written
+        described = describe(train_csv, model, prompt, cfg, competition=competition)
+        if session.resume_from: resolve_input(session.resume_from)
+        with locked(out) as lock:
+            # write the run folder
+            remove_temporaries(out)
+            run = prepare(out, described, session.resume_from, session.restart)
+            if run.trained:
+                _note_finished(run)
+                return run
+            # train in child processes, which inherit the lock: an orphan keeps others out until it ends
+            run.stop_file.unlink(missing_ok=True)
+            run.change_status('running')
+            args = [run.path, clock.end, 60*session.save_minutes]
+            code, tail = launch(worker, args, run.log_file, session, stop_file=run.stop_file, keep=(lock,))
+            return _ended(run, code, tail)
+
+_LARGE = 20_000_000   # bytes of a file that takes as long to read as a worker to begin
+_WORKER = 'underdog.training.worker'
+_LIBRARIES = (_WORKER, 'accelerate', 'peft', 'datasets', 'pyarrow.parquet')   # the last four it imports late
+
+def _worker(train_csv, session):
+    "A context with what `launch` runs: where the file is large, a worker that begins before it is read."
+    try: large = resolve_input(train_csv).stat().st_size > _LARGE
+    except (UserError, OSError): large = False   # nothing will be trained
+    return standby(_WORKER, _LIBRARIES, session) if large else nullcontext(_WORKER)
 
 def _note_finished(run):
     "Say that the run is finished; one that was killed in its last moment has its adapter, but not the status."
