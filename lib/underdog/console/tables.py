@@ -6,13 +6,11 @@
 __all__ = ['print_table', 'print_frame', 'argument', 'option', 'params']
 
 # %% ../../../nbs/8_console/00_tables.ipynb #6bb673db
-import re
+import html, io, os, re, sys
+from textwrap import TextWrapper
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from ..core import UserError
 
@@ -25,16 +23,66 @@ def shown(value):
     return str(value)
 
 # %% ../../../nbs/8_console/00_tables.ipynb #0a5de0a1
+_COLOURS = dict(ok='green', warn='yellow', fail='red', skip='dim')   # of cells with such a word
+
 def print_table(title, columns, rows):
-    "Print `rows` (tuples) under the names `columns`; columns of numbers are aligned right."
+    """Print `rows` (tuples) under the names `columns`, as wide as the terminal is, or 80 columns; HTML in a notebook.
+
+    A table that would have to break words is printed as a list: a block of lines for each row."""
+    columns = [str(name) for name in columns]
     cells = [[shown(value) for value in row] for row in rows]
+    if not _in_notebook(): return _print_text(title, columns, cells, sys.stdout, coloured=_person_reads())
+    # what keeps only the text of a notebook, as its log does, gets the table, too
+    from IPython.display import display
+    text = io.StringIO()
+    _print_text(title, columns, cells, text, coloured=False)
+    display({'text/html': _html(title, columns, cells), 'text/plain': text.getvalue().rstrip()}, raw=True)
+
+def _numbers(cells, i):
+    "Does column `i` hold numbers, which are aligned right? The first column names the row."
+    return i > 0 and all(re.fullmatch(r'[-+\d.,e]*', row[i]) for row in cells)
+
+def _in_notebook():
+    "Is what is printed shown by Jupyter?"
+    return type(sys.stdout).__module__ == 'ipykernel.iostream'
+
+def _person_reads():
+    "Are colours seen? Not in a file or a pipe, nor where NO_COLOR says that they are not wanted."
+    return sys.stdout.isatty() and not os.environ.get('NO_COLOR') and os.environ.get('TERM') != 'dumb'
+
+def _print_text(title, columns, cells, file, coloured):
+    "The table as text; without `coloured` there is no ANSI in it."
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.measure import Measurement
+    from rich.table import Table
+    # FORCE_COLOR, which Jupyter sets, is not for a file
+    colours = 'auto' if coloured else None
+    console = Console(file=file, force_jupyter=False, force_terminal=coloured, color_system=colours)
     table = Table(title=escape(title), title_justify='left')
-    for i, name in enumerate(columns):
-        # the first column names the row
-        numbers = i > 0 and all(re.fullmatch(r'[-+\d.,e]*', row[i]) for row in cells)
-        table.add_column(name, justify='right' if numbers else 'left')
-    for row in cells: table.add_row(*map(escape, row))
-    Console(force_jupyter=False).print(table)
+    for i, name in enumerate(columns): table.add_column(escape(name), justify='right' if _numbers(cells, i) else 'left')
+    for row in cells:
+        table.add_row(*(f'[{_COLOURS[cell]}]{cell}[/]' if cell in _COLOURS else escape(cell) for cell in row))
+    if Measurement.get(console, console.options.update(width=10_000), table).minimum <= console.width:
+        return console.print(table)
+
+    print(title, *(_block(columns, row, console.width) for row in cells), sep='\n\n', file=file)
+
+def _block(columns, row, width):
+    "The cells of a row one below the other, each beside its column's name; a word longer than a line stays whole."
+    widest = max(map(len, columns))
+    wrapped = TextWrapper(width, subsequent_indent=' '*(widest + 2), break_long_words=False, break_on_hyphens=False)
+    return '\n'.join(wrapped.fill(f'{name:<{widest}}  {cell}') for name, cell in zip(columns, row) if cell)
+
+def _html(title, columns, cells):
+    "The table for a notebook's output."
+    # text stands left and keeps its lines
+    sides = ['right' if _numbers(cells, i) else 'left' for i in range(len(columns))]
+    line = lambda tag, row: ''.join(f'<{tag} style="text-align:{side};white-space:pre-line">{html.escape(cell)}</{tag}>'
+                                    for side, cell in zip(sides, row))
+    body = ''.join(f"<tr>{line('td', row)}</tr>" for row in cells)
+    return (f'<table><caption style="text-align:left;white-space:nowrap">{html.escape(title)}</caption>'
+            f"<thead><tr>{line('th', columns)}</tr></thead><tbody>{body}</tbody></table>")
 
 def print_frame(title, frame):
     "Print the DataFrame `frame`."
