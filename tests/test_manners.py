@@ -141,3 +141,43 @@ def test_a_kernel_refuses_a_parameter_of_plain_papermill(tmp_path, kernel, monke
             if cell.cell_type != 'code': continue
             ran.append(cell.source)
             exec(cell.source.replace('%matplotlib inline', ''), space)
+
+
+# ---- every model on one machine
+@pytest.mark.parametrize('name, known', [
+    ('google/gemma-2-9b-it', 'gemma-2-9b'), ('Gemma-2-2b-it', 'gemma-2-2b'), ('Qwen/Qwen3-8B-Base', 'qwen3-8b'),
+    ('mistralai/Mistral-7B-Instruct-v0.2', 'mistral-7b'), ('meta-llama/Meta-Llama-3.1-8B-Instruct', 'llama-3-8b'),
+    ('unsloth/gemma-2-9b-it-bnb-4bit', 'gemma-2-9b'), ('mistralai/Mistral-Nemo-Instruct-2407', 'mistral-nemo-12b'),
+    ('models/google/gemma-2/transformers/gemma-2-9b-it/2', 'gemma-2-9b'),
+    ('microsoft/deberta-v3-large', 'deberta-v3-large')])
+def test_a_model_is_known_by_the_names_that_hubs_give_it(name, known):
+    from underdog.search.shapes import model_shape
+    assert model_shape(name).name == known
+
+
+def test_what_is_ranked_fits_and_its_command_is_one(capsys):
+    import shlex
+    from dataclasses import replace
+
+    from underdog.search.estimate import make_plan
+    from underdog.search.lengths import lmsys_lengths
+    from underdog.search.ranking import best_of, rank_models
+    from underdog.search.recipe import Recipe
+    from underdog.search.shapes import accelerator, model_shape
+    card, lengths = accelerator('2xT4'), lmsys_lengths()[:1000]
+    ranked = rank_models(card, .5, lengths=lengths)
+    assert {r.hours is None for r in ranked} == {True, False}
+    for r in ranked:
+        if r.hours is None: continue
+        assert r.from_hours < r.hours < r.to_hours and 0 <= r.headroom_gib < card.memory_gib
+        lines = make_plan(model_shape(r.model), card, replace(Recipe(), **r.changes), lengths)
+        assert [line.value for line in lines if line.what == 'training'] == pytest.approx([r.hours])
+    # more hours never lose a model
+    sizes = [best_of(rank_models(card, hours, lengths=lengths), hours).parameters for hours in (.1, .5, 2.)]
+    assert sizes == sorted(sizes)
+
+    with pytest.raises(SystemExit, match='0'): main(['plan', '--hours', '20', '--rows', '500'])
+    *_, verdict, command = capsys.readouterr().out.splitlines()
+    assert verdict.startswith('the largest for 20 h is') and shlex.split(command)[:3] == ['underdog', 'relay', 'train']
+    given = dict(text.split('=', 1) for text in shlex.split(command)[4::2])
+    assert set(given) <= set(kernel_parameters(find_kernel('train')))
