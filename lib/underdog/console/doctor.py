@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..core import UserError
 from ..machine import library_root, on_kaggle, pick_dtype, scored_run
-from .tables import print_table
+from .tables import _in_notebook, print_table
 
 # %% ../../../nbs/8_console/01_doctor.ipynb #88b628c0
 @dataclass(frozen=True)
@@ -161,3 +161,6 @@ def _print_checks(checks):
     rows = [(c.state, c.name, f'{c.seen}\n→ {c.remedy}' if c.remedy else c.seen)
             for c in sorted(checks, key=lambda c: c.state == 'fail')]
     print_table('underdog doctor', ['', 'check', 'found'], rows)
+    # the log of a notebook has what is printed, not what is displayed
+    doubtful = [' '.join(row) for row in rows if row[0] != 'ok']
+    if _in_notebook(): print('underdog doctor:', '\n'.join(doubtful) or 'all is well')
