@@ -1,5 +1,5 @@
 "Fine-tune an LLM on human preference pairs with nothing but a free Kaggle account."
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # The front door: what a student writes in a notebook. Each name is loaded when it is asked for (PEP 562), so that
 # `import underdog` costs nothing; the rooms behind it are imported by their own names.

@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
 
-import numpy as np
-
 # %% ../../nbs/00_core.ipynb #95b19cf9
 class UserError(ValueError):
     "A mistake of the user's: the message says what, where and how to mend it."
@@ -62,6 +60,7 @@ def remove_temporaries(folder):
 # %% ../../nbs/00_core.ipynb #c943c3ba
 def _plain(obj):
     "What json cannot write by itself: numpy scalars and arrays, paths."
+    import numpy as np   # inside: `underdog --help` does without
     if isinstance(obj, np.generic): return obj.item()
     if isinstance(obj, np.ndarray): return obj.tolist()
     if isinstance(obj, Path): return str(obj)
@@ -147,18 +146,19 @@ def read_lines(path):
 # %% ../../nbs/00_core.ipynb #b64154e4
 def fingerprint(*parts):
     "16 hex characters that depend on every part: str, bytes, arrays, or anything json can write (keys sorted)."
+    import numpy as np
     h = hashlib.sha256()
     for part in parts:
         # the bytes of an array of objects would be addresses
         if isinstance(part, np.ndarray) and part.dtype.hasobject: part = part.tolist()
-        if isinstance(part, np.ndarray): part = _array_bytes(part)
+        if isinstance(part, np.ndarray): part = _array_bytes(np.ascontiguousarray(part), part.shape)
         elif isinstance(part, str): part = part.encode('utf-8', 'surrogatepass')
         elif not isinstance(part, bytes): part = json.dumps(part, sort_keys=True, default=_plain).encode()
         h.update(len(part).to_bytes(8, 'little'))
         h.update(part)
     return h.hexdigest()[:16]
 
-def _array_bytes(x): return str(x.dtype).encode() + str(x.shape).encode() + np.ascontiguousarray(x).tobytes()
+def _array_bytes(x, shape): return str(x.dtype).encode() + str(shape).encode() + x.tobytes()
 
 def file_hash(path):
     "16 hex characters of a file's content, read in pieces."

@@ -11,8 +11,6 @@ import ctypes, logging, os, shutil, sys, tempfile, warnings, zipfile
 from glob import escape
 from pathlib import Path
 
-import numpy as np
-
 from .core import UserError, fingerprint
 
 # %% ../../nbs/01_machine.ipynb #ac61174b
@@ -152,7 +150,9 @@ def return_memory():
 
 def seed_everything(seed):
     "Seed Python, numpy and torch (all devices)."
-    import random, torch
+    import random
+    import numpy as np
+    import torch
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

@@ -88,8 +88,8 @@ def run(
     """Execute a kernel notebook here, as Kaggle would.
 
     Example: `underdog run train -p train_csv=train.csv -p model=models/gemma -p lr=1e-4 --out runs/1`.
-    Names and types are checked before anything runs."""
-    from underdog.kernels import find_kernel, kernel_parameters, run_kernel
+    Names, types, ranges and files are checked before anything runs."""
+    from underdog.kernels import find_kernel, kernel_parameters
     known = kernel_parameters(find_kernel(kernel))
     if list_:
         rows = [(name, repr(default), meaning) for name, (default, meaning) in known.items()]
@@ -97,6 +97,9 @@ def run(
     # results lie beside the executed notebook
     values, default = params(param), _RESULTS.get(kernel)
     if 'out' not in values and 'out' in known and known['out'][0] == default: values['out'] = str(out/default)
+    from underdog.console.inputs import check_inputs
+    check_inputs(kernel, values)
+    from underdog.kernels import run_kernel
     typer.echo(f'executed notebook: {run_kernel(kernel, values, out)}')
 
 # %% ../../../nbs/8_console/06_commands.ipynb #d63ec256

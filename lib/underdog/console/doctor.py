@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..core import UserError
 from ..machine import library_root, on_kaggle, pick_dtype, scored_run
+from .tables import _in_notebook, print_table
 
 # %% ../../../nbs/8_console/01_doctor.ipynb #88b628c0
 @dataclass(frozen=True)
@@ -145,8 +146,6 @@ def environment(out='.', gpu=None, quantized=True, offline=None):
     return checks + imports_offline() if offline else checks
 
 # %% ../../../nbs/8_console/01_doctor.ipynb #d31a0aad
-_COLOURS = dict(ok='green', warn='yellow', fail='red', skip='dim')
-
 def gate(checks):
     """Print the table; `UserError` when a line is red.
 
@@ -158,11 +157,10 @@ def gate(checks):
 
 def _print_checks(checks):
     "Print the table of `checks`, red lines last."
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-    table = Table('', 'check', 'found', 'remedy', title='underdog doctor', title_justify='left')
-    for c in sorted(checks, key=lambda c: c.state == 'fail'):
-        table.add_row(f'[{_COLOURS[c.state]}]{c.state}[/]', escape(c.name), escape(c.seen), escape(c.remedy))
-    # a log or a notebook has no width of its own
-    Console(force_jupyter=False, width=None if sys.stdout.isatty() else 160).print(table)
+    # a remedy stands under what it cures: four columns are too many for 80 characters
+    rows = [(c.state, c.name, f'{c.seen}\n→ {c.remedy}' if c.remedy else c.seen)
+            for c in sorted(checks, key=lambda c: c.state == 'fail')]
+    print_table('underdog doctor', ['', 'check', 'found'], rows)
+    # the log of a notebook has what is printed, not what is displayed
+    doubtful = [' '.join(row) for row in rows if row[0] != 'ok']
+    if _in_notebook(): print('underdog doctor:', '\n'.join(doubtful) or 'all is well')

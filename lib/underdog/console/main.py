@@ -9,11 +9,9 @@ __all__ = ['app', 'main']
 import os, sys
 
 import typer
-from rich.console import Console
-from rich.markup import escape
+from typer.core import TyperGroup
 
 from ..core import UserError, disk_full
-from ..kernels import KernelFailed
 from .commands import LOCAL
 from .planning import AHEAD
 from .probe import probe
@@ -26,7 +24,17 @@ _HELP = """Fine-tune an LLM on human preference pairs with a free Kaggle account
 Start with `underdog check train.csv`, then `underdog floors train.csv`, then `underdog run train --list`;
 `underdog doctor` looks for what is wrong."""
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode='markdown', help=_HELP,
+class _Commands(TyperGroup):
+    "Help in sections, as plain text: `rich` would take as long to load as all else."
+    def format_commands(self, ctx, formatter):
+        sections = {}
+        for name, command in self.commands.items():
+            line = (name, command.get_short_help_str(limit=300))
+            sections.setdefault(command.rich_help_panel or 'On this machine', []).append(line)
+        for title, lines in sections.items():
+            with formatter.section(title): formatter.write_dl(lines)
+
+app = typer.Typer(cls=_Commands, no_args_is_help=True, rich_markup_mode=None, help=_HELP,
                   pretty_exceptions_enable=False)
 for command in LOCAL: app.command()(command)
 for command in AHEAD: app.command(rich_help_panel='Before the hours are spent')(command)
@@ -45,19 +53,24 @@ def _options(
 ): pass
 
 # %% ../../../nbs/8_console/09_main.ipynb #ac1a9fc6
+def _of_a_kernel(error):
+    from underdog.kernels import KernelFailed
+    return isinstance(error, KernelFailed)
+
 def main(args=None):
     "Entry point of the console command `underdog`; `args`: its arguments, those of the process if left out."
     if sys.stdout is None: sys.stdout = open(os.devnull, 'w')   # it was closed before
     try: app(args)
     except Exception as e:
         # a full disk is told by errors of many kinds; anything else is a fault of ours, with its traceback
-        if not isinstance(e, (UserError, OSError, KernelFailed)) and not disk_full(e): raise
+        if not isinstance(e, (UserError, OSError)) and not disk_full(e) and not _of_a_kernel(e): raise
         gone = isinstance(e, FileNotFoundError) and not e.filename   # as `Path.cwd` raises it
         text = 'the working folder is gone; cd to one that is there' if gone else str(e)
-        Console(stderr=True).print(f'[bold red]underdog:[/] {escape(text)}', soft_wrap=True, highlight=False)
+        typer.echo(f'underdog: {text}', err=True)
         sys.exit(1)
     except KeyboardInterrupt: sys.exit(130)   # as a shell has it: 128 and the number of SIGINT
 
 # %% ../../../nbs/8_console/09_main.ipynb #c0a5e1d2
+#| eval: false
 #| eval: false
 if __name__ == '__main__' and '__file__' in globals(): main()

@@ -15,17 +15,22 @@ from ..core import UserError
 from .tables import argument, option, print_frame, print_table
 
 # %% ../../../nbs/8_console/07_planning.ipynb #dcd46c5f
-MODEL = argument(str, 'model folder, config.json, or a name: deberta-v3-base, deberta-v3-large, mistral-7b, '
-                      'llama-3-8b, gemma-2-2b, -9b, -27b, qwen2.5-7b, -14b, -32b')
+MODEL = argument(str, 'model folder, config.json, or a name, such as gemma-2-9b, qwen3-8b-base or '
+                      'google/gemma-2-2b-it; left out: every model with a name')
 ACCELERATOR = option(str, '2xT4, T4, P100, L4, 4xL4, A10G, RTX3090, RTX4090, A6000, A100-40, A100-80, 2xA100-80, A800, '
                           'H100, TPUv5e-8')
+ROWS_OF = argument(Path | None, "train.csv; left out: the lengths of LMSYS' train.csv")
+HOURS = option(float, 'that there are for the training', '--hours')
+CALIBRATED = option(Path | None, 'probe.json of `underdog probe`: plan for that machine, as it was measured')
+CALIBRATE = option(bool, 'time a few real steps on this machine instead; wants a model folder and a csv', '--calibrate')
 EFFICIENCY = option(float, 'share of what the card sustains that is useful work; '
                            'published runs on T4s reached .4 to .7')
 
 def plan(
-    model: MODEL,
-    file: argument(Path | None, "train.csv; left out: the lengths of LMSYS' train.csv") = None,
+    model: MODEL = '',
+    file: ROWS_OF = None,
     on: ACCELERATOR = '2xT4',
+    budget_hours: HOURS = 30.,
     head: option(str, 'pair, joint, symmetric') = 'pair',
     max_length: option(int, 'tokens of one sequence') = 1024,
     rank: option(int, 'of LoRA') = 16,
@@ -35,31 +40,81 @@ def plan(
     test_rows: option(int, 'of the scored run', min=1, max=10**9) = 25000,
     efficiency: EFFICIENCY = .55,
     accelerators: option(Path | None, 'your own table of accelerators') = None,
-    calibrated: option(Path | None, 'probe.json of `underdog probe`: plan for that machine, as it was measured') = None,
-    calibrate: option(bool, 'time a few real steps on this machine instead; wants a model folder and a csv',
-                      '--calibrate') = False,
+    calibrated: CALIBRATED = None,
+    calibrate: CALIBRATE = False,
     json_: option(bool, 'one line of JSON instead of the table', '--json') = False,
 ):
     """What a training will take, before it takes it: memory by part, hours, sessions, weeks of quota, money;
     each with its formula.
 
-    What does not fit says what would make it fit. Nothing is loaded or run, unless with --calibrate: then a few steps
-    of the real training are."""
+    What does not fit says what would make it fit. Without a model all that have a name are ranked. Nothing is loaded or
+    run, unless with --calibrate: then a few steps of the real training are."""
     from dataclasses import asdict
     from underdog.search.estimate import make_plan
     from underdog.search.recipe import Recipe
     from underdog.search.shapes import accelerator, model_shape
     recipe = Recipe(head=head, max_length=max_length, rank=rank, quantization=quantization, epochs=epochs)
     if calibrate: return _print_calibration(_calibrated(model, file, recipe), json_)
-    # a machine from a table, or one that was measured
-    shape, card, measured = model_shape(model), accelerator(on, accelerators), []
+    card, measured = accelerator(on, accelerators), []
     if calibrated: card, efficiency, measured = _measured(calibrated, efficiency)
+    # no model: all of them; `plan train.csv` means that file
+    if model.endswith(('.csv', '.parquet')) and not file: model, file = '', Path(model)
+    if not model: return _rank(card, budget_hours, recipe, _lengths(file, '')[:rows or None], efficiency, json_)
+    shape = model_shape(model)
     # the arithmetic, and its lines
     lengths = _lengths(file, model)[:rows or None]
     lines = make_plan(shape, card, recipe, lengths, test_rows=test_rows, efficiency=efficiency) + measured
     if json_:
         return typer.echo(json.dumps(dict(model=shape.name, accelerator=card.name, lines=[asdict(x) for x in lines])))
     _print_plan(f'{shape.name} on {card.name}, {head} head, {quantization}', lines)
+    _print_verdict(f'{shape.name} fits on {card.name}', lines, budget_hours, _relay(shape.name, {}, recipe))
+
+# %% ../../../nbs/8_console/07_planning.ipynb #51946043
+# where Kaggle has a model; of the others the page says it
+_ON_KAGGLE = {f'gemma-2-{size}': f'models/google/gemma-2/transformers/gemma-2-{size}-it/2'
+              for size in ('2b', '9b', '27b')}
+
+def _relay(model, changes, recipe):
+    "The command that trains `model` on Kaggle by the `recipe` and its `changes`."
+    from underdog.search.recipe import Recipe
+    usual, settings = Recipe(), {}
+    for name in ('head', 'max_length', 'rank', 'quantization', 'epochs'):
+        value = changes.get(name, getattr(recipe, name))
+        if value != getattr(usual, name): settings[name] = value
+    if 'lora_layers' in changes: settings['lora_layers'] = f"-{changes['lora_layers']}:"
+    path = _ON_KAGGLE.get(model, 'models/OWNER/MODEL/transformers/VARIATION/VERSION')
+    chosen = ''.join(f' -p {name}={value}' for name, value in settings.items())
+    return ('underdog relay train -p train_csv=competitions/llm-classification-finetuning/train.csv '
+            f'-p model={path}{chosen}')
+
+def _print_verdict(fits, lines, hours, command):
+    training, = [line.value for line in lines if line.what == 'training']
+    within = 'within' if training <= hours else 'more than'
+    typer.echo(f'{fits}; its training takes {training:.1f} h, {within} the {hours:g} h of --hours. Ready:\n{command}')
+
+def _rank(card, hours, recipe, lengths, efficiency, as_json):
+    "Print every model on `card`, and which to take."
+    from dataclasses import asdict
+    from underdog.search.ranking import best_of, rank_models
+    ranked = rank_models(card, hours, recipe, lengths, efficiency)
+    rows = []
+    for r in ranked:
+        how = ', '.join(f'{k}={v:g}' for k, v in r.changes.items())
+        if r.hours is None: rows.append((r.model, '', '', '', 'does not fit'))
+        else: rows.append((r.model, f'{r.hours:.1f}', f'{r.from_hours:.1f} to {r.to_hours:.1f}',
+                           f'{r.headroom_gib:.1f}', how if r.to_hours <= hours else f'too long; {how}'.rstrip('; ')))
+    names = ['model', 'h', 'h, from', 'GiB left', 'with']
+    if not as_json: print_table(f'models on {card.name}, {hours:g} h', names, rows)
+    # the verdict
+    best = best_of(ranked, hours)
+    command = _relay(best.model, best.changes, recipe) if best else ''
+    if as_json:
+        return typer.echo(json.dumps(dict(accelerator=card.name, hours=hours, models=[asdict(r) for r in ranked],
+                                          best=best.model if best else None, command=command)))
+    if best is None:
+        return typer.echo(f'no model fits on {card.name} within {hours:g} h: give more --hours or fewer --rows')
+    typer.echo(f'the largest for {hours:g} h is {best.model}, {best.hours:.1f} h '
+               f'({best.from_hours:.1f} at efficiency .7, {best.to_hours:.1f} at .4):\n{command}')
 
 # %% ../../../nbs/8_console/07_planning.ipynb #c28f5388
 def _lengths(file, model):

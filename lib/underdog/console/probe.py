@@ -13,7 +13,7 @@ import typer
 from ..core import UserError, atomic_write, read_record
 from .remote import GPUS, IMAGE, PARAMS, POLL, SHAPE, SOURCE, WITH_WHEELS
 from .remote import _hub, _push_settings, _wait
-from .tables import option, params, print_table
+from .tables import kernel_params, option, params, print_table
 
 # %% ../../../nbs/8_console/08a_probe.ipynb #4dfc4ce3
 _FREE = ('model', 'train_csv')   # parameters that are left to the session with GPUs
@@ -39,6 +39,7 @@ def probe(
     `underdog plan … --calibrated`, `underdog doctor` and `underdog bundle --image`."""
     given = params(param)
     if here: return _tell(_probe_here(given, out), record)
+    kernel_params('probe', param)
     hub = _hub(poll)
     limits = dict(docker_image=docker_image, timeout_s=int(3600*timeout))
     # a session without a GPU comes first, and is all where no GPU was asked for

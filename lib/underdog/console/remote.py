@@ -14,7 +14,7 @@ import typer
 from ..core import UserError
 from ..session import TRAINING_HOURS
 from .account import check_account
-from .tables import argument, option, params, print_table
+from .tables import argument, kernel_params, option, print_table
 
 # %% ../../../nbs/8_console/08_remote.ipynb #6b7e8585
 PARAMS = option(list[str] | None, 'key=value of the kernel, may be repeated; inputs as they are mounted: '
@@ -132,11 +132,11 @@ def push(
     Its first cell proves GPUs, mounts and library, or stops at once."""
     from underdog.kaggle.ledger import note_pushed
     from underdog.kaggle.push import push_kernel
-    hub = _hub(poll)
+    given, hub = kernel_params(kernel, param), _hub(poll)
     settings = _push_settings(hub, gpus, source, wheels, shape=shape, docker_image=docker_image, internet=internet,
                               public=_asked_twice(public), timeout_s=int(3600*timeout))
     # push, and write down what was pushed: `status` and `quota` read it
-    pushed = push_kernel(hub, kernel, params(param), slug, settings)
+    pushed = push_kernel(hub, kernel, given, slug, settings)
     note_pushed(pushed)
     typer.echo(f'{pushed.ref}: version {pushed.version} on {pushed.shape or "a CPU"}, push {pushed.id}\n{pushed.url}')
     if pushed.doubt: typer.echo(f'warning: {pushed.doubt}')
@@ -245,9 +245,9 @@ def relay(
     May be interrupted and given again, here or elsewhere: Kaggle holds its state.
     Stops before the week's quota is exceeded and says when it resets."""
     from underdog.kaggle.relay import run_relay
-    hub = _hub(poll)
+    given, hub = kernel_params(kernel, param), _hub(poll)
     settings = _push_settings(hub, gpus, source, wheels, shape=shape, docker_image=docker_image)
-    last = run_relay(hub, name, kernel, params(param), settings=settings, hours=hours, say=typer.echo)
+    last = run_relay(hub, name, kernel, given, settings=settings, hours=hours, say=typer.echo)
     # where the run is now: for the next kernel, and for this disk
     out = last.expect['values'].get('out', 'run')
     typer.echo(f'finished: notebooks/{last.ref}/{out} is the run for `underdog push infer`; '
@@ -273,10 +273,10 @@ def submit(
     Example: `underdog submit -p run=notebooks/me/underdog-relay-3/run
     -p test_csv=competitions/llm-classification-finetuning/test.csv -p base=models/…`"""
     from underdog.kaggle.leaderboard import SubmitConfig, commit_and_submit
-    hub = _hub(poll)
+    given, hub = kernel_params(kernel, param), _hub(poll)
     settings = _push_settings(hub, gpus, source, wheels, shape=shape, docker_image=docker_image)
     target = SubmitConfig(competition, sample, message)
-    _, scores, figure = commit_and_submit(hub, target, kernel, params(param), slug, settings, say=typer.echo)
+    _, scores, figure = commit_and_submit(hub, target, kernel, given, slug, settings, say=typer.echo)
     # every submission so far, held-out loss beside leaderboard
     names = ['kernel', 'version', 'cv', 'public', 'private', 'message']
     print_table('CV and leaderboard (log loss)', names, scores[names].itertuples(index=False))

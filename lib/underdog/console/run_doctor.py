@@ -25,6 +25,7 @@ from ..inference.job import Job, check_run, devices_of
 from ..inference.settings import InferConfig
 from ..inference.workers import Workers
 from .doctor import Check, guarded
+from .inputs import MAY, MUST
 
 # %% ../../../nbs/8_console/02_run_doctor.ipynb #29dd76e5
 _COMPARED = ('torch', 'transformers', 'peft', 'bitsandbytes')   # whose arithmetic the probabilities depend on
@@ -159,9 +160,6 @@ def run_checks(run, cfg=InferConfig(), predict=True):
     return checks + guarded('validation loss', lambda: _run_predicts(run, cfg))
 
 # %% ../../../nbs/8_console/02_run_doctor.ipynb #3e2048ed
-_MUST = ('train_csv', 'test_csv', 'model')                 # a kernel that has one of them cannot do without
-_MAY = ('sample_submission', 'base', 'resume_from')
-
 def kernel_checks(name, given):
     "The checks of the kernel notebook `name` with the parameters `given` (name -> text)."
     path = find_kernel(name)
@@ -169,9 +167,9 @@ def kernel_checks(name, given):
     checks = [_kernelspec(path)]
 
     # its inputs
-    for key in (*_MUST, *_MAY):
+    for key in (*MUST, *MAY):
         if values.get(key): checks += guarded(key, lambda: [Check(key, 'ok', str(resolve_input(values[key])))])
-        elif key in values and key in _MUST: checks.append(Check(key, 'fail', 'not given', f'-p {key}=…'))
+        elif key in values and key in MUST: checks.append(Check(key, 'fail', 'not given', f'-p {key}=…'))
 
     # its runs; whether they predict is asked of the run, not of the kernel
     cfg = InferConfig(base=values.get('base', ''))

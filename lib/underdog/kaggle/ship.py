@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..core import UserError, build_id, write_json
+from ..kernels import kernel_folder
 from ..machine import cache_folder
 from .account import Refused
 from .contents import MANIFEST, check_contents, files_of, manifest
@@ -26,8 +27,10 @@ def library_bundle(out):
     source = Path(underdog.__file__).parent
     out = Path(out)
     shutil.rmtree(out, ignore_errors=True)
-    for f in files_of(source): _copy(f, out/'underdog'/f.relative_to(source))
-    for f in sorted((source.parents[1]/'nbs'/'kernels').glob('*.ipynb')): _copy(f, out/'nbs'/'kernels'/f.name)
+    for f in files_of(source):
+        # an installed library has its kernels inside; they go where an upload has them
+        if f.suffix != '.ipynb': _copy(f, out/'underdog'/f.relative_to(source))
+    for f in sorted(kernel_folder().glob('*.ipynb')): _copy(f, out/'nbs'/'kernels'/f.name)
     return manifest(out, build=build_id())
 
 def _copy(source, target):

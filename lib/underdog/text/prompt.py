@@ -11,7 +11,7 @@ from itertools import zip_longest
 
 from ..core import Settings, UserError, fingerprint, nearest
 from ..machine import resolve_input
-from ..data.rows import TEXTS
+from ..data.competition import TEXTS
 from .heads import HEADS
 from .template import TEMPLATE_VERSION, chat_pieces, pieces, plain_pieces
 from .tokenizer import (
