@@ -50,7 +50,7 @@ def demo(world, out):
     from underdog.console import demo, run_doctor
     demo.smollm2 = lambda: world.base
     run_doctor.run_checks = lambda *args: []   # it computes, and a process that has computed is not to be forked
-    demo.run_demo(out, layers=0, n_train=40, n_test=10, **SETTINGS)
+    demo.run_demo(out, layers=0, lora_layers='', n_train=40, n_test=10, **SETTINGS)
 
 
 def relay(world, out):
