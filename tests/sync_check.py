@@ -25,7 +25,8 @@ def readme(root):
     for cell in nbformat.read(root/'nbs'/'index.ipynb', 4).cells:
         if cell.source.startswith('#| hide'): continue
         if cell.cell_type == 'markdown':
-            blocks.append(cell.source)
+            # pictures lie beside the notebook
+            blocks.append(cell.source.replace('](images/', '](nbs/images/'))
             continue
         blocks.append(f'```python\n{cell.source}\n```')
         texts = [o.get('text') or o.get('data', {}).get('text/plain', '') for o in cell.get('outputs', [])]

@@ -140,7 +140,6 @@ def run_kernel(name, parameters, out):
 
 # %% ../../nbs/05_kernels.ipynb #14c3cd88
 #| eval: false
-#| eval: false
 if __name__ == '__main__' and '__file__' in globals():   # KERNEL PARAMETERS OUT PARENT
     end_with(int(sys.argv[4]))
     run_kernel(sys.argv[1], json.loads(sys.argv[2]), sys.argv[3])

@@ -72,5 +72,4 @@ def main(args=None):
 
 # %% ../../../nbs/8_console/09_main.ipynb #c0a5e1d2
 #| eval: false
-#| eval: false
 if __name__ == '__main__' and '__file__' in globals(): main()

@@ -257,5 +257,4 @@ def conclude(out, submission, code, tail):
 
 # %% ../../../nbs/5_inference/07_scored.ipynb #aa701b94
 #| eval: false
-#| eval: false
 if __name__ == '__main__' and '__file__' in globals(): run_worker(_predict_here, Path(sys.argv[1]), float(sys.argv[2]))
