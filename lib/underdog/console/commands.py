@@ -25,14 +25,33 @@ def _competition(name):
     return get_competition(name) if name else None
 
 # %% ../../../nbs/8_console/06_commands.ipynb #96be1a19
+def _shares(df, comp):
+    "List of (what, share) on the labelled rows of `df`: how often each class is right, and what longer answers win."
+    from underdog.data.folds import labels_of
+    y = labels_of(df, comp).astype(float)
+    length = lambda column: df[column].map(lambda turns: sum(map(len, turns))).to_numpy()
+    longer = length('response_a') - length('response_b')
+    decided = (y[:, :2].sum(1) > 0) & (longer != 0)
+    won = (y[:, 0] > y[:, 1]) == (longer > 0)
+    other = ~df['prompt'].map(lambda turns: ''.join(turns).isascii())
+    return [*((f'label {c}', f'{share:.1%}') for c, share in zip(comp.classes, y.mean(0))),
+            ('of decided rows the longer answer won', f'{won[decided].mean():.1%}' if decided.any() else '-'),
+            ('prompts with letters outside ASCII', f'{other.mean():.1%}')]
+
 def check(
     file: CSV,
     competition: COMPETITION = '',
+    json_: option(bool, 'end with a line of JSON: {what: count}', '--json') = False,
 ):
-    "Read a competition file and print what was found and repaired; a defect is named with its row and column."
+    """Read a competition file and print what was found and repaired; a defect is named with its row and column.
+
+    Rows of one prompt always share a fold. Repeated rows stay: they count twice, and never on both sides."""
+    from underdog.data.competition import get_competition
     from underdog.data.rows import read_rows
-    _, report = read_rows(file, _competition(competition))
-    print_table(report.file, ['what', 'count'], report.table())
+    df, report = read_rows(file, _competition(competition))
+    rows = report.table() + (_shares(df, get_competition(report.competition)) if report.labelled else [])
+    print_table(report.file, ['what', 'count'], rows)
+    if json_: typer.echo(json.dumps({what: str(value) for what, value in rows}))
 
 # %% ../../../nbs/8_console/06_commands.ipynb #918b3341
 def floors(
