@@ -28,7 +28,8 @@ def readme(root):
             # pictures lie beside the notebook
             blocks.append(cell.source.replace('](images/', '](nbs/images/'))
             continue
-        blocks.append(f'```python\n{cell.source}\n```')
+        source = cell.source.removeprefix('%%capture\n')
+        blocks.append(f'```python\n{source}\n```')
         texts = [o.get('text') or o.get('data', {}).get('text/plain', '') for o in cell.get('outputs', [])]
         if any(texts): blocks.append('```text\n' + ''.join(texts).rstrip() + '\n```')
     (root/'README.md').write_text('\n\n'.join(blocks) + '\n', encoding='utf-8')

@@ -24,6 +24,7 @@ def test_there_are_commands():
 def test_a_command_can_be_typed(words):
     group = typer.main.get_command(app)
     with click.Context(group) as ctx: name, command, rest = group.resolve_command(ctx, words[1:])
+    if name == 'try': rest = [*rest, '--prompt', 'why?', '--a', 'so', '--b', 'no']   # else it asks for them
     context = command.make_context(name, rest)   # an unknown option is refused here
     # parameters of a kernel
     kernel = dict(submit='infer').get(name, context.params.get('kernel'))
