@@ -243,7 +243,7 @@ def test_kernels_of_the_library_come_before_those_of_the_working_directory(tmp_p
 def test_without_any_kernel_the_message_says_where_they_are(tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, 'library_root', lambda: tmp_path/'site-packages')
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match='run from a checkout, or give the path'): find_kernel('train')
+    with pytest.raises(UserError, match='install underdog again, or give the path'): find_kernel('train')
 
 
 def test_parameters_are_read_and_checked(tmp_path):

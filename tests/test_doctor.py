@@ -148,5 +148,5 @@ def test_a_kernel_with_an_ill_run_stops_in_its_gate(world, patient, tmp_path):
 
 def test_the_command_line():
     done = subprocess.run([*COMMAND, 'doctor', 'train', '-p', 'train_csv=nothing.csv'], capture_output=True, text=True)
-    assert 'imports without internet' in done.stdout and done.returncode == 1
+    assert 'kernelspec' in done.stdout and done.returncode == 1
     assert done.stderr.count('\n') == 1 and 'nothing.csv: no such file' in done.stderr

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..core import UserError, atomic_path, read_json, write_json
+from ..core import UserError, atomic_path, read_record, write_json
 from ..machine import resolve_input
 from .competition import get_competition
 from .counts import HASHED, Counts, count_rows, features
@@ -186,8 +186,8 @@ class Floors:
         from safetensors.numpy import load_file
         folder = resolve_input(folder)
         # what it is; an earlier build did not say which
-        meta = read_json(folder/'floors.json')
-        names = tuple(meta.get('baselines', FLOORS)) if isinstance(meta, dict) else ()
+        meta = read_record(folder/'floors.json', competition=str, baselines=list)
+        names = tuple(meta.get('baselines', FLOORS))
         if names not in (FLOORS, BASELINES) or 'competition' not in meta or meta.get('hashed') != HASHED:
             raise UserError(f'{folder}/floors.json: written by another version; fit the baselines again')
         comp = get_competition(meta['competition'])
