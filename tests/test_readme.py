@@ -1,4 +1,4 @@
-"What README shows can be typed: every command, option and parameter of a kernel is known. Its Python runs as a notebook."
+"What README shows can be typed: its commands, options and kernel parameters are known. Its Python runs as a notebook."
 import re
 import shlex
 from pathlib import Path
