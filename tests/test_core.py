@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from underdog import kernels
 from underdog.core import (
-    UserError, atomic_path, atomic_write, build_id, coerce, file_hash, fingerprint, read_json, versions, write_json)
+    UserError, atomic_folder, atomic_path, atomic_write, build_id, coerce, file_hash, fingerprint, read_json, versions,
+    write_json)
 from underdog.data.competition import COMPETITIONS, LLM_FINETUNING, LMSYS, WSDM, detect_competition, get_competition
 from underdog.kernels import check_parameters, find_kernel, kernel_parameters
 from underdog.machine import on_kaggle, pick_dtype, resolve_input, seed_everything
@@ -359,3 +360,15 @@ def test_a_lock_that_is_a_link_empties_nothing(tmp_path):
     (tmp_path/'out'/'.lock').symlink_to(file)
     with pytest.raises(UserError, match='a link'), locked(tmp_path/'out'): pass
     assert file.read_text() == 'years of work'
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    def write(text, fails=False):
+        with atomic_folder(tmp_path/'out') as tmp:
+            (tmp/'file').write_text(text)
+            if fails: raise RuntimeError('in the middle')
+    write('one')
+    with pytest.raises(RuntimeError): write('two', fails=True)
+    assert (tmp_path/'out'/'file').read_text() == 'one'
+    write('three')
+    assert (tmp_path/'out'/'file').read_text() == 'three' and [p.name for p in tmp_path.iterdir()] == ['out']

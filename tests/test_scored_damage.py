@@ -128,6 +128,18 @@ def test_a_sample_beside_the_test_file_is_found(world, finished, in_a_scored_run
 
 
 # ---- runs and bases
+def test_held_out_rows_without_the_best_baseline_cost_their_evidence_only(
+    world, finished, in_a_scored_run, tmp_path, capsys,
+):
+    shutil.copytree(finished.path, tmp_path/'run')
+    oof, best = pd.read_parquet(tmp_path/'run'/'oof.parquet'), finished.config['best_floor']
+    oof.drop(columns=[c for c in oof if c.startswith(f'floor_{best}')]).to_parquet(tmp_path/'run'/'oof.parquet')
+    files = Files.copied(world, tmp_path/'files')
+    files.submit(tmp_path/'run')
+    assert 'what held-out rows say is left out' in capsys.readouterr().out
+    assert pd.read_csv(files.folder/'out'/'submission.csv').iloc[:, 1].nunique() > 3   # not the class prior
+
+
 @SOME
 @given(st.data())
 def test_a_damaged_run_costs_itself_only(world, finished, joint, in_a_scored_run, tmp_path, data):

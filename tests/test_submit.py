@@ -18,12 +18,13 @@ from test_pipeline import probabilities
 
 from underdog.core import UserError, read_json, write_json
 from underdog.session import locked
-from underdog.runfolder import RunFolder, columns
+from underdog.runfolder import RunFolder, baselines_in, columns
 from underdog.data.competition import LMSYS
+from underdog.data.floors import BASELINES, FLOORS, Floors
 from underdog.data.rows import read_rows
 from underdog.data.sample import write_sample
 from underdog.data.submission import check_submission
-from underdog.inference.blend import Blend, gather_oof
+from underdog.inference.blend import Blend, gather_oof, gather_test
 from underdog.inference.evidence import Evidence
 from underdog.inference.job import Job
 from underdog.inference.publish import Answers, Publisher, blend_answers
@@ -90,6 +91,52 @@ def test_blend_weights_belong_to_the_state(world, finished, joint):
     members = {best: probs(f'floor_{best}'), both: probs(both)}
     assert evidence.blend({both: 2}).weights == pytest.approx(Blend.fit(evidence.y, members, [best]).weights)
     assert Evidence([finished], with_floors=False).blend({pair: 1}).weights.keys() == {pair}
+
+
+def with_baselines(run, folder, names, best):
+    "A copy of the `run` that has these baselines, `best` of them the best one."
+    shutil.copytree(run.path, folder)
+    copy = RunFolder(folder)
+    write_json(copy.config_file, copy.config | dict(best_floor=best))
+    if names == BASELINES: return copy
+    # as an earlier build left it
+    for file in (copy.oof_file, copy.rows_file):
+        table = pd.read_parquet(file)
+        gone = [c for c in table if c.startswith('floor_') and c.split('_')[1] not in names]
+        table.drop(columns=gone).to_parquet(file)
+    floors = Floors.load(copy.floors)
+    slow = ('traits', 'trees', 'stack')
+    Floors(floors.competition, {k: v for k, v in floors.tensors.items() if not k.startswith(slow)}).save(copy.floors)
+    return copy
+
+
+def test_runs_with_other_baselines_are_blended_by_those_that_both_have(world, finished, joint, tmp_path):
+    new = with_baselines(finished, tmp_path/'new', BASELINES, best='stack')
+    old = with_baselines(joint, tmp_path/'old', FLOORS, best='length')
+    for runs in ([new, old], [old, new]):
+        assert baselines_in(gather_oof(runs).table) == [*FLOORS]
+        jobs, evidence = start_jobs(dict(runs=[str(r.path) for r in runs], test_csv=str(world/'test.csv'), cfg={}))
+        for job in jobs: answer_with(job, range(10))
+        assert evidence.baseline in FLOORS and np.isfinite(blend_answers(jobs, evidence)).all()
+        tables = {}
+        for job in jobs:
+            job.write(tmp_path/'p')
+            tables[job.run.path] = pd.read_parquet(tmp_path/'p'/'predictions.parquet')
+        assert set(gather_test({'m': list(tables)}, tables, LMSYS)[1]) == {'m', *FLOORS}
+
+
+def test_the_quick_baselines_answer_first_and_all_of_them_later(world, finished, tmp_path):
+    run = with_baselines(finished, tmp_path/'run', BASELINES, best='stack')
+    settings = dict(runs=[str(run.path)], test_csv=str(world/'test.csv'), cfg={})
+    (quick,), evidence = start_jobs(settings, quick=True)
+    assert tuple(quick.floors) == FLOORS and quick.baseline == evidence.baseline == 'tfidf'
+    # a model that starts from the stack must not be asked on top of another baseline
+    with pytest.raises(UserError, match='starts from the baseline stack'): quick.open()
+    scored._add_baselines([quick], evidence, tmp_path/'s.csv')
+    (whole,), _ = start_jobs(settings)
+    assert quick.baseline == evidence.baseline == 'stack' and tuple(quick.floors) == BASELINES
+    np.testing.assert_array_equal(quick.best, whole.best)
+    np.testing.assert_allclose(blend_answers([quick], evidence), blend_answers([whole], evidence))
 
 
 def test_answers_come_back_from_disk_only_for_the_same_job(world, finished, tmp_path, capsys):

@@ -175,6 +175,11 @@ class RunFolder:
         "oof.parquet; `UserError` where it is broken or lacks a column of `needed`."
         return read_table(self.oof_file, needed or ['id'])
 
+    def baseline(self, names):
+        "The best baseline of the run; where it is not among `names`, the last of them."
+        best = self.config['best_floor']
+        return best if best in names else names[-1]
+
     def cuts(self):
         "What `max_length` cut off, as `Cuts`."
         return Cuts.of(self.rows('tokens', 'cut'))

@@ -7,14 +7,14 @@ __all__ = ['write_peft', 'scores_of', 'model_card', 'export_run']
 
 # %% ../../../nbs/8_console/04c_export.ipynb #43937b82
 import re, shutil
-from contextlib import contextmanager
 from pathlib import Path
 
-from ..core import UserError, coerce, read_json, write_json
+from ..core import UserError, atomic_folder, coerce, read_json, write_json
 from ..machine import resolve_input
 from ..runfolder import RunFolder, baselines_in, columns
 from ..data.competition import get_competition
-from ..data.metrics import bootstrap_ci, log_loss
+from ..data.floors import best_floor
+from ..data.metrics import score_table
 from ..inference.job import check_run
 from ..inference.settings import InferConfig
 from ..model.settings import ModelConfig
@@ -40,16 +40,14 @@ def write_peft(adapter, folder, base):
 # %% ../../../nbs/8_console/04c_export.ipynb #06947f5f
 def scores_of(run):
     "DataFrame (prediction, log loss, from, to) of model, best baseline and class prior on the held-out rows of `run`."
-    import pandas as pd
     comp, oof = get_competition(run.config['competition']), run.oof()
     y, groups = oof[columns('y', comp)].to_numpy(float), oof['group'].to_numpy()
     names = {'model': 'p'} | {f'baseline: {name}': f'floor_{name}' for name in baselines_in(oof)}
     predictions = {name: oof[columns(prefix, comp)].to_numpy(float) for name, prefix in names.items()}
-    losses = {name: log_loss(y, p) for name, p in predictions.items()}
-    best = min((name for name in losses if name != 'model'), key=losses.get)
-    shown = [*dict.fromkeys(('model', best, 'baseline: prior'))]
-    rows = [(name, losses[name], *bootstrap_ci(y, predictions[name], groups)) for name in shown]
-    return pd.DataFrame(rows, columns=['prediction', 'log loss', 'from', 'to'])
+    best = best_floor(y, {name: p for name, p in predictions.items() if name != 'model'})
+    shown = dict.fromkeys(('model', best, 'baseline: prior'))
+    scores = score_table(y, {name: predictions[name] for name in shown}, groups)
+    return scores[['name', 'loss', 'low', 'high']].set_axis(['prediction', 'log loss', 'from', 'to'], axis=1)
 
 def _licence(base):
     "The licence of the model folder `base`, as its card says; else where it may be read."
@@ -74,6 +72,12 @@ from transformers import AutoModel, AutoTokenizer
 model = AutoModel.from_pretrained('.').eval()
 tokenizer = AutoTokenizer.from_pretrained('.')
 head = load_file('head/head.safetensors')   # {head}''')
+
+_READ = dict(   # how a head makes logits of states
+    pair='Each answer is read after the same prompt. Its score is `state @ score.weight.T`; the logits are the scores '
+         'of A and of B, and for a tie their mean plus `tie`.',
+    joint='Both answers stand in one sequence. The logits are `state @ score.weight.T + score.bias`, averaged over '
+          'both orders, in the second with A and B exchanged.')
 
 def _table(frame):
     "A DataFrame as a table of Markdown."
@@ -112,6 +116,7 @@ def model_card(run, base, kind):
         '## Data', '', f"{config['data']['rows']:,} rows of {Path(config['data']['file']).name} "
         f"(hash {config['data']['hash']}); their licence is that of the competition.", '',
         '## Use', '', '```python', _USE[kind].format(base=name, layers=layers, head=head), '```', '',
+        _READ.get(model['head'], "How states become logits is in underdog's `model.head`."), '',
         f"The prompt's template has the hash {config['template_hash']}; `underdog try` and `underdog run infer` read "
         'the run folder and make the same tokens as in training.', '',
         '## Settings', '', _table(_frame(settings)), ''])
@@ -142,21 +147,6 @@ def _limits(run, licence):
 # %% ../../../nbs/8_console/04c_export.ipynb #999966ba
 _NOTE = 'underdog_export.json'   # marks a folder as written here
 
-@contextmanager
-def _new_folder(folder):
-    "Yield an empty folder beside `folder`, whose place it takes when the block ends well; else it vanishes."
-    folder = Path(folder)
-    if folder.exists() and not (folder/_NOTE).is_file():
-        raise UserError(f'{folder}: exists and was not written by `underdog export`; give another folder')
-    tmp = folder.with_name(f'.{folder.name}.tmp')
-    shutil.rmtree(tmp, ignore_errors=True)
-    try:
-        tmp.mkdir(parents=True)
-        yield tmp
-        shutil.rmtree(folder, ignore_errors=True)
-        tmp.replace(folder)
-    finally: shutil.rmtree(tmp, ignore_errors=True)
-
 def export_run(run, out, merged=False, base=''):
     """Write the finished `run` (a path) to the folder `out` for others; returns the paths of its files.
 
@@ -168,7 +158,9 @@ def export_run(run, out, merged=False, base=''):
     out, kind = Path(out), 'merged' if merged else 'adapter'
     if not merged and not run.config['model']['rank']:
         raise UserError(f'{run.path}: has no adapter (rank=0), its head alone was trained; export it merged')
-    with _new_folder(out) as tmp:
+    if out.exists() and not (out/_NOTE).is_file():
+        raise UserError(f'{out}: exists and was not written by `underdog export`; give another folder')
+    with atomic_folder(out) as tmp:
         if merged:
             from underdog.model.merge import merge
             merge(run.adapter, tmp/'model', base=base)

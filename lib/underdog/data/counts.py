@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..machine import return_memory
+from ..session import progress_bar
 from .rows import TEXTS
 from .traits import read_traits
 
@@ -197,7 +198,14 @@ def count_rows(df, traits=False):
         a, b = (count_words(['\n'.join(turns) for turns in rows[c]]) for c in TEXTS[1:])
         nothing = [np.zeros((len(rows['prompt']), 0))]*3
         return Counts(*features(rows), a, b, *(read_traits(rows) if traits else nothing))
-    with ThreadPoolExecutor(os.cpu_count()) as pool: parts = list(pool.map(count, range(0, len(df), _TOGETHER)))
+    starts = range(0, len(df), _TOGETHER)
+    # with traits it takes long enough to be watched
+    quick = not traits or len(starts) < 10
+    with ThreadPoolExecutor(os.cpu_count()) as pool, progress_bar(len(df), 'traits', disable=quick) as bar:
+        parts = []
+        for part in pool.map(count, starts):
+            parts.append(part)
+            bar.update(len(part.odd))
 
     # together, one kind after the other: the parts are not kept beside the whole
     columns = dict(zip(Counts._fields, (list(column) for column in zip(*parts))))

@@ -17,6 +17,7 @@ import pandas as pd
 
 from ..core import UserError, atomic_path, read_record, write_json
 from ..machine import resolve_input
+from ..session import progress_bar
 from .competition import get_competition
 from .counts import HASHED, Counts, count_rows, features
 from .designs import Units
@@ -255,7 +256,14 @@ def _fit_without(df, comp, folds, held, names=FLOORS, groups=None):
     if 'trees' in names: import sklearn.ensemble   # noqa: F401  else its OpenMP is not there yet to be limited
     def alone(fold):
         with threadpool_limits(1, 'openmp'): return fit(fold)
-    with threadpool_limits(1, 'blas'), ThreadPoolExecutor(os.cpu_count()) as pool: return list(pool.map(alone, held))
+    quick = 'trees' not in names or len(df) < 2000
+    with threadpool_limits(1, 'blas'), ThreadPoolExecutor(os.cpu_count()) as pool:
+        with progress_bar(len(held), 'baselines', 'fit', disable=quick) as bar:
+            fits = []
+            for fitted in pool.map(alone, held):
+                fits.append(fitted)
+                bar.update()
+    return fits
 
 def _gather(fits, n, comp):
     "{baseline: probabilities (n, C)} of all rows that the `fits` have predicted."

@@ -16,6 +16,7 @@ from ..core import UserError, fingerprint, read_record, write_json
 from ..machine import resolve_input
 from ..runfolder import baselines_in, columns
 from ..data.competition import Competition, get_competition
+from ..data.floors import FLOORS
 from ..data.pool import fit_pool, pooled
 
 # %% ../../../nbs/5_inference/04_blend.ipynb #8022e71b
@@ -111,7 +112,10 @@ def gather_oof(runs):
         models[name] = [run.path for run in folds]
         rows = _read_oof(folds, name, comp)
         own = columns(name, comp) + columns(f'one_{name}', comp)
-        if table is not None: _check_labels(table, rows, columns('y', comp), name)
+        if table is not None:
+            _check_labels(table, rows, columns('y', comp), name)
+            lacking = set(baselines_in(table)) - set(baselines_in(rows))
+            table = table.drop(columns=[c for f in lacking for c in columns(f'floor_{f}', comp)])
         table = rows if table is None else table.merge(rows[['id', *own]], on='id')
         if not len(table):
             raise UserError('the runs have no held-out rows in common; '
@@ -129,7 +133,9 @@ def _check_labels(table, rows, names, model):
 
 def _read_oof(folds, name, comp):
     "The held-out rows of the runs `folds` of one model, whose columns p_* and one_* get its `name`."
-    needed = ['id', 'group', *(c for prefix in ('y', 'p', 'one', 'floor_prior') for c in columns(prefix, comp))]
+    best = {f"floor_{run.config['best_floor']}" for run in folds}
+    prefixes = 'y', 'p', 'one', *sorted(best | {f'floor_{name}' for name in FLOORS})
+    needed = ['id', 'group', *(c for prefix in prefixes for c in columns(prefix, comp))]
     # the folds of an earlier build have fewer baselines
     rows = pd.concat([run.oof(*needed) for run in folds], join='inner')
     if rows['id'].duplicated().any():
@@ -154,5 +160,7 @@ def gather_test(models, predictions, comp):
     def mean(tables, prefix): return np.mean([t[columns(prefix, comp)].to_numpy() for t in tables], axis=0)
     # average the folds of each model, and the baselines of all runs
     preds = {name: mean([predictions[path] for path in paths], 'p') for name, paths in models.items()}
-    for name in baselines_in(first): preds[name] = mean(predictions.values(), f'floor_{name}')
+    for name in baselines_in(first):
+        if not all(name in baselines_in(table) for table in predictions.values()): continue
+        preds[name] = mean(predictions.values(), f'floor_{name}')
     return first['id'].tolist(), preds

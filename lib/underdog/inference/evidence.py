@@ -38,9 +38,9 @@ class Evidence:
     `model_of`: {run folder: model}; `baseline`: the one that is blended with them. The `levels` of a row: {model: how
     many orders it has answered}."""
     def __init__(self, runs, with_floors=True, baseline=''):
-        self.oof, self.model_of, self._fitted, self._nested = None, {run.path: str(run.path) for run in runs}, {}, {}
+        self.oof, self.model_of = None, {run.path: str(run.path) for run in runs}
         self.baseline, self.with_floors = baseline or runs[0].config['best_floor'], with_floors
-        self._inside = contained(runs, runs[0].config['best_floor'])
+        self._runs, self._fitted, self._nested = runs, {}, {}
         if all(run.oof_file.exists() for run in runs):
             with excused('what held-out rows say'): self._read(runs)
 
@@ -64,6 +64,9 @@ class Evidence:
         for model, orders in levels.items():
             members[model] = self._probabilities(model if orders > 1 else f'one_{model}')
         return members
+
+    @property
+    def _inside(self): return contained(self._runs, self.baseline)
 
     def _key(self, levels): return self.baseline, *sorted(levels.items())
 

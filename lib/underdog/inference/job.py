@@ -98,8 +98,7 @@ class Job:
 
         The best one stands in for the model, and is added to the logits if training did so. Where only the quick ones
         are there, the last of them stands in; the model must not be asked then."""
-        best = self.config['best_floor']
-        self.floors, self.baseline = floors, best if best in floors else [*floors][-1]
+        self.floors, self.baseline = floors, self.run.baseline([*floors])
         self.best = floors[self.baseline]
         self.offset = np.log(self.best) if self.config['train']['start'] == 'floors' else 0.
 

@@ -29,7 +29,7 @@ from .lastresort import excused, sample_beside, submit_prior
 from .workers import Workers
 from .schedule import RANKINGS, doubt
 from .evidence import Evidence
-from .publish import Answers, Publisher, blend_answers, write_blend
+from .publish import Answers, Publisher, blend_answers, shared_baselines, write_blend
 
 # %% ../../../nbs/5_inference/07_scored.ipynb #300a8ec4
 class _Reading(NamedTuple):
@@ -119,7 +119,9 @@ def start_jobs(settings, baselines=(), quick=False):
             floors = baselines[i] if baselines else Floors.load(run.floors).predict(counts)
             jobs.append(Job(run, rows, cfg, floors))
     if not jobs: raise UserError('no run can be read; copy the run folders again')
-    return jobs, Evidence([job.run for job in jobs], cfg.with_floors, jobs[0].baseline)
+    return jobs, Evidence([job.run for job in jobs], cfg.with_floors, _baseline_of(jobs))
+
+def _baseline_of(jobs): return jobs[0].run.baseline(shared_baselines(jobs))
 
 _BASELINES = 'baselines.npz'   # in the output folder
 
@@ -226,7 +228,7 @@ def _add_baselines(jobs, evidence, submission):
     began = time.monotonic()
     counts = count_rows(jobs[0].df, traits=True)
     for job, floors in zip(jobs, fitted): job.stand_on(floors.predict(counts))
-    evidence.baseline = jobs[0].baseline
+    evidence.baseline = _baseline_of(jobs)
     write_blend(jobs, evidence, submission)
     print(f'{submission}: now from all baselines ({duration(time.monotonic() - began)})', flush=True)
 

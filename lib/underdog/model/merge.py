@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from ..core import UserError, coerce, first_line, read_record, write_json
+from ..core import UserError, atomic_folder, coerce, first_line, read_record, write_json
 from ..machine import resolve_input
 from .folder import backbone_config, base_hash, weight_files
 from .backbone import stays_on_host, stored_quantization
@@ -31,28 +31,14 @@ def _cpu(tensors):
     "Copies on the CPU, as `save_file` wants them."
     return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
 
-def _fresh_folder(folder):
-    "An empty temporary folder beside `folder`."
-    tmp = folder.with_name(f'.{folder.name}.tmp')
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    return tmp
-
-def _replace_folder(tmp, folder):
-    "Let `tmp` take the place of `folder`."
-    shutil.rmtree(folder, ignore_errors=True)
-    tmp.replace(folder)
-
 def save_adapter(model, folder):
     "Write adapter, head and model.json to `folder`; the folder appears whole or not at all."
     from safetensors.torch import save_file
-    folder = Path(folder)
-    tmp = _fresh_folder(folder)
-    save_file(_cpu(_trained(model)), tmp/'adapter.safetensors')
-    save_file(_cpu(model.head.state_dict()), tmp/'head.safetensors')
     dtype = str(model.dtype).removeprefix('torch.')
-    write_json(tmp/'model.json', dict(model=asdict(model.cfg), base_hash=model.base_hash, dtype=dtype))
-    _replace_folder(tmp, folder)
+    with atomic_folder(folder) as tmp:
+        save_file(_cpu(_trained(model)), tmp/'adapter.safetensors')
+        save_file(_cpu(model.head.state_dict()), tmp/'head.safetensors')
+        write_json(tmp/'model.json', dict(model=asdict(model.cfg), base_hash=model.base_hash, dtype=dtype))
 
 # %% ../../../nbs/3_model/10_merge.ipynb #3198bab9
 def _saved(folder):
@@ -255,13 +241,13 @@ def merge(folder, out, base=None, device='cpu', **changes):
     out.parent.mkdir(parents=True, exist_ok=True)
     _check_disk(stored, dtype.itemsize, out.parent)
     # weights, config, tokenizer, head
-    tmp, scaling = _fresh_folder(out), cfg.alpha/max(cfg.rank, 1)
-    _write_shards(_merged_tensors(stored, adapted, file, scaling=scaling, dtype=dtype), tmp)
-    config.save_pretrained(tmp)
-    for file in _tokenizer_files(path): shutil.copy(file, tmp)
-    (tmp/'head').mkdir()
-    shutil.copy(folder/'head.safetensors', tmp/'head')
-    _replace_folder(tmp, out)
+    scaling = cfg.alpha/max(cfg.rank, 1)
+    with atomic_folder(out) as tmp:
+        _write_shards(_merged_tensors(stored, adapted, file, scaling=scaling, dtype=dtype), tmp)
+        config.save_pretrained(tmp)
+        for file in _tokenizer_files(path): shutil.copy(file, tmp)
+        (tmp/'head').mkdir()
+        shutil.copy(folder/'head.safetensors', tmp/'head')
     return replace(cfg, path=str(out), layers=0)
 
 def load_merged(cfg, device='cpu'):
