@@ -151,7 +151,7 @@ def test_lora_is_wx_plus_scaled_bax(bases, quantization):
 
 def test_lora_changes_nothing_before_training(bases):
     cfg = config(bases['qwen2'], rank=16)
-    plain = load_model(cfg, lora=False)
+    plain = load_model(cfg, tuned=False)
     assert torch.equal(logits_of(load_model(cfg), make_batch()), logits_of(plain, make_batch()))
 
 

@@ -107,7 +107,7 @@ def model_card(run, base, kind):
     # how it is read
     layers = f", num_hidden_layers={model['layers']}" if model['layers'] and kind == 'adapter' else ''
     head = f"{model['head']} head on the {_pooling(run)} state"
-    settings = {name: config[part][name] for part, names in _TOLD.items() for name in names}
+    settings = {name: config[part].get(name) for part, names in _TOLD.items() for name in names}
     return '\n'.join([
         '---', data.to_yaml(), '---', '', f'# {run.path.name}: {name} on {comp.title}', '',
         f'Which of two answers will a person prefer: {", ".join(comp.classes)}? Trained with underdog, '
@@ -122,7 +122,7 @@ def model_card(run, base, kind):
         '## Settings', '', _table(_frame(settings)), ''])
 
 _TOLD = dict(
-    model=('head', 'quantization', 'layers', 'rank', 'alpha', 'dropout', 'targets', 'lora_layers'),
+    model=('head', 'quantization', 'tuning', 'layers', 'rank', 'alpha', 'dropout', 'targets', 'lora_layers'),
     prompt=('max_length', 'template', 'question'),
     train=('epochs', 'batch_rows', 'lr', 'head_lr', 'start', 'n_folds', 'fold', 'seed'))
 
@@ -150,13 +150,17 @@ _NOTE = 'underdog_export.json'   # marks a folder as written here
 def export_run(run, out, merged=False, base=''):
     """Write the finished `run` (a path) to the folder `out` for others; returns the paths of its files.
 
-    As PEFT's adapter, or `merged` into the weights; `base`: where the base model lies now, if it has moved.
+    As PEFT's adapter, or `merged` into the weights, as is whatever was trained without LoRA; `base`: where the base
+    model lies now, if it has moved.
     `UserError` for a run that is not finished, another base, or a folder that is not an export."""
     run = RunFolder.open(run)
     check_run(run, InferConfig(base=base))
     base = base or run.config['model']['path']
+    # where the model's own weights were trained there is no adapter
+    model = run.config['model']
+    merged = merged or model.get('tuning', 'lora') != 'lora'
     out, kind = Path(out), 'merged' if merged else 'adapter'
-    if not merged and not run.config['model']['rank']:
+    if not merged and not model['rank']:
         raise UserError(f'{run.path}: has no adapter (rank=0), its head alone was trained; export it merged')
     if out.exists() and not (out/_NOTE).is_file():
         raise UserError(f'{out}: exists and was not written by `underdog export`; give another folder')

@@ -27,6 +27,13 @@ class Finding(NamedTuple):
     def __str__(self): return f'{self.text}. Try {self.remedy}.' if self.remedy else f'{self.text}.'
 
 # %% ../../../nbs/8_console/03a_judge.ipynb #766451dc
+def _trained_of(model):
+    "What is trained of the backbone by the settings `model` of a run."
+    which = f"layers {model['lora_layers']}" if model['lora_layers'] else 'all layers'
+    if not model['rank'] and model.get('tuning', 'lora') == 'lora': return 'the head alone trained'
+    return dict(lora=f"LoRA of rank {model['rank']}", full='every weight trained',
+                layers=f'the weights of {which} trained')[model.get('tuning', 'lora')]
+
 def _about(run):
     "Model, data, device and time of a run, in one line."
     config, status = run.config, run.status
@@ -34,7 +41,7 @@ def _about(run):
     # the model
     kept = f", its first {model['layers']} layers" if model['layers'] else ''
     bits = '' if model['quantization'] == 'none' else f" in {model['quantization']}"
-    parts = [f"{PurePath(model['path']).name}{kept}{bits}, {model['head']} head, LoRA of rank {model['rank']}"]
+    parts = [f"{PurePath(model['path']).name}{kept}{bits}, {model['head']} head, {_trained_of(model)}"]
     # its rows; its device and time
     if 'train_rows' in data: parts.append(f"{data['train_rows']:,} rows to train on, epochs={train['epochs']:g}")
     device = config['versions'].get('gpu') or 'CPU'

@@ -33,6 +33,7 @@ def plan(
     budget_hours: HOURS = 30.,
     head: option(str, 'pair, joint, symmetric') = 'pair',
     max_length: option(int, 'tokens of one sequence') = 1024,
+    tuning: option(str, 'lora; full: every weight; layers: all but the embedding') = 'lora',
     rank: option(int, 'of LoRA') = 16,
     quantization: option(str, 'nf4, int8, none') = 'nf4',
     epochs: option(float, 'passes over the rows') = 1.,
@@ -53,7 +54,8 @@ def plan(
     from underdog.search.estimate import make_plan
     from underdog.search.recipe import Recipe
     from underdog.search.shapes import accelerator, model_shape
-    recipe = Recipe(head=head, max_length=max_length, rank=rank, quantization=quantization, epochs=epochs)
+    sizes = dict(max_length=max_length, rank=rank, epochs=epochs)
+    recipe = Recipe(head=head, tuning=tuning, quantization=quantization, **sizes)
     if calibrate: return _print_calibration(_calibrated(model, file, recipe), json_)
     card, measured = accelerator(on, accelerators), []
     if calibrated: card, efficiency, measured = _measured(calibrated, efficiency)
@@ -78,7 +80,7 @@ def _relay(model, changes, recipe):
     "The command that trains `model` on Kaggle by the `recipe` and its `changes`."
     from underdog.search.recipe import Recipe
     usual, settings = Recipe(), {}
-    for name in ('head', 'max_length', 'rank', 'quantization', 'epochs'):
+    for name in ('head', 'max_length', 'tuning', 'rank', 'quantization', 'epochs'):
         value = changes.get(name, getattr(recipe, name))
         if value != getattr(usual, name): settings[name] = value
     if 'lora_layers' in changes: settings['lora_layers'] = f"-{changes['lora_layers']}:"
@@ -99,7 +101,7 @@ def _rank(card, hours, recipe, lengths, efficiency, as_json):
     ranked = rank_models(card, hours, recipe, lengths, efficiency)
     rows = []
     for r in ranked:
-        how = ', '.join(f'{k}={v:g}' for k, v in r.changes.items())
+        how = ', '.join(f'{k}={v}' for k, v in r.changes.items())
         if r.hours is None: rows.append((r.model, '', '', '', 'does not fit'))
         else: rows.append((r.model, f'{r.hours:.1f}', f'{r.from_hours:.1f} to {r.to_hours:.1f}',
                            f'{r.headroom_gib:.1f}', how if r.to_hours <= hours else f'too long; {how}'.rstrip('; ')))
@@ -148,7 +150,8 @@ def _calibrated(model, file, recipe):
     if not file or not Path(model).is_dir():
         raise UserError('--calibrate: give a model folder and a csv; what is timed is the real training')
     # the recipe's fields as settings of that training
-    model = ModelConfig(model, head=recipe.head, rank=recipe.rank, quantization=recipe.quantization)
+    settings = {name: getattr(recipe, name) for name in ('head', 'tuning', 'rank', 'quantization')}
+    model = ModelConfig(model, **settings)
     return calibrate(file, model, PromptConfig(max_length=recipe.max_length), TrainConfig(epochs=recipe.epochs))
 
 def _print_calibration(c, as_json):

@@ -139,6 +139,8 @@ def planned_attention(module, query, key, value, attention_mask, plan=None, **se
     dropout = settings.get('dropout', 0.)
     how = dict(causal=getattr(module, 'is_causal', True), window=settings.get('sliding_window'),
                scale=settings.get('scaling'), rotary=getattr(module, 'turned_by', 'inv_freq'))
+    # in the dtype of arithmetic: fp32 positions, of weights that are trained, turn queries and keys in fp32
+    query, key = query.to(value.dtype), key.to(value.dtype)
     # all spans in one launch, where the planner knows a kernel for it
     at_once = plan.cache.get('at_once')
     if at_once is not None and not dropout:

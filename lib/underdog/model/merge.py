@@ -191,6 +191,11 @@ def _merged_tensors(stored, adapted, file, scaling, dtype):
                 tensor = torch.add(tensor.float(), B.float() @ A.float(), alpha=scaling)
             yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
 
+def _tuned_tensors(folder, base, dtype):
+    "(name, tensor) of the backbone whose own weights lie in the adapter `folder`, in `dtype`."
+    for name, tensor in load_adapter(folder, base=base).backbone.state_dict().items():
+        yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
+
 def _shards(tensors):
     "Dicts of the (name, tensor) in `tensors`, as soon as one has `_SHARD_BYTES`; emptied when the next is asked for."
     shard, size = {}, 0
@@ -221,12 +226,14 @@ def _tokenizer_files(folder):
         if known and file.name != 'config.json' and not file.name.endswith('.index.json'): yield file
 
 def merge(folder, out, base=None, device='cpu', **changes):
-    """Write backbone + adapters as plain weights to `out`, with tokenizer and head; returns a config that loads it.
+    """Write what was trained as plain weights to `out`, with tokenizer and head; returns a config that loads it.
 
     `folder`: as `save_adapter` wrote it; `base`: where the backbone lies now, if it moved; `device`: where it will
     compute; `changes` of its settings, such as the quantization of the merged model ('none' if left out)."""
     folder, out = resolve_input(folder), Path(out)
-    cfg = _settings(folder, base, {'quantization': 'none'} | changes)
+    # what is written has nothing to train, so it may be quantized, too
+    cfg = _settings(folder, base, {'quantization': 'none'} | changes | {'tuning': 'lora'})
+    whole = _saved(folder)['model'].get('tuning', 'lora') != 'lora'
     path, dtype = resolve_input(cfg.path), compute_dtype(cfg, device)
     config = backbone_config(path, cfg.layers)
     # what cannot work
@@ -235,15 +242,18 @@ def merge(folder, out, base=None, device='cpu', **changes):
         raise UserError(f'merge=True: {path} is stored as {bits}, adapters are added to unquantized weights only; '
                         'leave merge off')
     stored = _stored_tensors(path, config.num_hidden_layers)
-    adapted, file = _adapted(stored, cfg, config), folder/'adapter.safetensors'
-    _check_adapters(file, stored, adapted, cfg.rank)
+    file = folder/'adapter.safetensors'
+    if whole: tensors = _tuned_tensors(folder, base, dtype)
+    else:
+        adapted = _adapted(stored, cfg, config)
+        _check_adapters(file, stored, adapted, cfg.rank)
+        tensors = _merged_tensors(stored, adapted, file, scaling=cfg.alpha/max(cfg.rank, 1), dtype=dtype)
     _check_card(cfg, stored, dtype.itemsize, device)
     out.parent.mkdir(parents=True, exist_ok=True)
     _check_disk(stored, dtype.itemsize, out.parent)
     # weights, config, tokenizer, head
-    scaling = cfg.alpha/max(cfg.rank, 1)
     with atomic_folder(out) as tmp:
-        _write_shards(_merged_tensors(stored, adapted, file, scaling=scaling, dtype=dtype), tmp)
+        _write_shards(tensors, tmp)
         config.save_pretrained(tmp)
         for file in _tokenizer_files(path): shutil.copy(file, tmp)
         (tmp/'head').mkdir()
@@ -252,7 +262,7 @@ def merge(folder, out, base=None, device='cpu', **changes):
 
 def load_merged(cfg, device='cpu'):
     "The model that `merge` wrote, without adapters; `cfg` as `merge` returned it, any quantization."
-    model = load_model(cfg, device, lora=False)
+    model = load_model(cfg, device, tuned=False)
     file = resolve_input(cfg.path)/'head'/'head.safetensors'
     _fill(dict(model.head.named_parameters()), file, 'head tensor')
     return model.eval()

@@ -20,7 +20,7 @@ from ..text.pack import Packed
 from .folder import base_hash, weight_files
 from .backbone import load_backbone
 from .head import make_head, pool, pool_packed, pooled_tokens, unswap
-from .lora import add_lora
+from .full import tune
 from .planner import Planner
 from .settings import compute_dtype
 
@@ -65,7 +65,7 @@ def checkpoint_head(path, cfg, config):
 
 # %% ../../../nbs/3_model/08_model.ipynb #c878d40e
 class PreferenceModel(nn.Module):
-    """Frozen backbone with LoRA, pooling and an fp32 head.
+    """Backbone with what is trained of it (LoRA, or its own weights), pooling and an fp32 head.
 
     `cfg` has pooling and head_act as they are used ('auto' no more). `head_source` says where the head's values come
     from: 'seeded', 'checkpoint' or 'adapter'."""
@@ -106,8 +106,8 @@ def head_parameters(model): return list(model.head.parameters())
 def adapter_parameters(model): return [p for p in model.backbone.parameters() if p.requires_grad]
 
 # %% ../../../nbs/3_model/08_model.ipynb #29e2386a
-def load_model(cfg, device='cpu', lora=True):
-    """The model of `cfg` on `device` ('cpu', 'cuda:0'), without LoRA if not `lora`.
+def load_model(cfg, device='cpu', tuned=True):
+    """The model of `cfg` on `device` ('cpu', 'cuda:0'); if not `tuned`, nothing of its backbone can be trained.
 
     Nothing in it is random except LoRA's A and a seeded head."""
     path = resolve_input(cfg.path)
@@ -121,7 +121,7 @@ def load_model(cfg, device='cpu', lora=True):
     cfg = replace(cfg, head_act=stored.act, pooling=pooling)
     head = make_head(cfg, backbone.config.hidden_size)
     if stored.state is not None: head.load_state_dict(stored.state)
-    if lora: backbone = add_lora(backbone, cfg)
+    if tuned: backbone = tune(backbone, cfg)
     return PreferenceModel(
         cfg, backbone, head.to(device),
         dtype=dtype,

@@ -16,23 +16,25 @@ from ..text.heads import HEADS
 CHOICES = dict(
     head=tuple(HEADS),
     quantization=('none', 'nf4', 'int8'),
+    tuning=('lora', 'full', 'layers'),
     dtype=('auto', 'float32', 'float16', 'bfloat16'),
     pooling=('auto', 'mean', 'read', 'last', 'first'),
 )
 
 @dataclass(frozen=True)
 class ModelConfig(Settings):
-    "What the model is: backbone folder, precision, LoRA, pooling and head."
+    "What the model is: backbone folder, precision, what of it is trained, pooling and head."
     path: str = field(metadata={'parameter': 'model'})   # local folder, or Kaggle path that `resolve_input` finds
     head: str = 'pair'             # pair (answers apart) | joint (in one sequence) | symmetric | combined: text.heads
     quantization: str = 'nf4'      # none | nf4 | int8
     dtype: str = 'auto'            # of frozen weights and arithmetic; auto: what the device does fast
+    tuning: str = 'lora'           # lora | full (every weight of the backbone) | layers (the weights of its layers)
     layers: int = 0                # keep only the first n layers of the backbone; 0: all
     rank: int = 16                 # of LoRA; 0: no LoRA, the head alone is trained
     alpha: float = 16.0            # LoRA's output is scaled by alpha/rank
     dropout: float = 0.0           # on LoRA's input
     targets: str = 'all-linear'    # or names: 'q_proj,v_proj'
-    lora_layers: str = ''          # layers with LoRA as a Python slice: '4:', '2:6', '-8:'; '' all
+    lora_layers: str = ''          # layers with LoRA, or that tuning=layers trains, as a slice: '4:', '2:6'; '' all
     pooling: str = 'auto'          # mean over the answer | read (the prompt's choice) | last | first real token
     n_classes: int = 3             # 3: a, b, tie; 2: a, b
     seed: int = 0                  # of the head and of LoRA's first values
@@ -53,10 +55,21 @@ class ModelConfig(Settings):
             raise UserError(f'rank={self.rank}, alpha={self.alpha}: rank >= 0 (0: no LoRA) and alpha > 0 wanted')
         if not 0 <= self.dropout < 1: raise UserError(f'dropout={self.dropout}: a share in [0, 1) wanted')
         if self.layers < 0: raise UserError(f'layers={self.layers}: at least 1 wanted, or 0 for all')
+        if self.tuning != 'lora': self._check_own_weights()
+
+    def _check_own_weights(self):
+        "`UserError` for what cannot be asked for where the backbone's own weights are trained."
+        if self.quantization != 'none':
+            raise UserError(f'tuning={self.tuning}, quantization={self.quantization}: weights in few bits cannot be '
+                            'trained; set quantization=none, or tuning=lora (an inference may quantize what was '
+                            'trained: merge=True)')
+        if self.tuning == 'full' and self.lora_layers:
+            raise UserError(f'tuning=full, lora_layers={self.lora_layers!r}: full trains every weight; set '
+                            'tuning=layers to train those of some layers')
 
 # %% ../../../nbs/3_model/00_settings.ipynb #2d85653e
 def compute_dtype(cfg, device):
-    "The dtype of frozen weights and arithmetic on `device`; `UserError` for one that its GPU has no units for."
+    "The dtype of arithmetic on `device`; `UserError` for one that its GPU has no units for."
     import torch   # only here: settings are read where no model is
     best, reason = pick_dtype(device)
     if cfg.dtype == 'bfloat16' and best == torch.float16:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EFFICIENCY', 'GIB', 'Setup', 'Work', 'work_of', 'forward_operations', 'train_operations', 'weight_bytes',
-           'kept_bytes', 'memory', 'hours', 'train_hours']
+           'kept_bytes', 'memory', 'hours', 'update_hours', 'train_hours']
 
 # %% ../../../nbs/6_search/03_cost.ipynb #af483166
 import math
@@ -32,6 +32,14 @@ class Setup:
     def trained(self):
         "Layers that a gradient must reach."
         return self.recipe.lora_layers or self.shape.layers
+
+    @property
+    def trained_weights(self):
+        "Parameters that are trained: LoRA's, or those of the layers, and with tuning=full the embedding's, too."
+        shape, recipe = self.shape, self.recipe
+        if not recipe.own: return shape.adapter(recipe.rank, self.trained)
+        embedding = shape.vocab*shape.hidden if recipe.tuning == 'full' else 0
+        return shape.linear*self.trained/shape.layers + embedding
 
 # %% ../../../nbs/6_search/03_cost.ipynb #ad27ff63
 @dataclass(frozen=True)
@@ -84,11 +92,13 @@ def forward_operations(shape, work):
 def train_operations(shape, work, recipe, recomputed=0):
     """Operations of one epoch: forward, backward of the trained layers, `recomputed` layers once more, and LoRA's own.
 
-    LoRA's matrices cost 6 operations a parameter: their own gradients are computed, too."""
+    LoRA's matrices cost 6 operations a parameter: their own gradients are computed, too. The same holds for own weights
+    that are trained."""
     trained = recipe.lora_layers or shape.layers
-    passes = 1 + (trained + recomputed)/shape.layers
+    backward = 2 if recipe.own else 1
+    passes = 1 + (backward*trained + recomputed)/shape.layers
     attention = 1 + (2*trained + recomputed)/shape.layers
-    lora = 6*shape.adapter(recipe.rank, trained)
+    lora = 0 if recipe.own else 6*shape.adapter(recipe.rank, trained)
     return work.tokens*(2*shape.linear*passes + lora) + work.attention*attention
 
 # %% ../../../nbs/6_search/03_cost.ipynb #e8da3d26
@@ -97,15 +107,19 @@ _CONTEXT = .6   # GiB of CUDA's context and of buffers that the allocator cannot
 _WEIGHT_BYTES = dict(nf4=.516, int8=1.01)   # a parameter; nf4: 4 bits, and 0.127 for doubly quantized scales
 
 def weight_bytes(shape, recipe, card, size=2):
-    """(bytes of the quantized layers, bytes of the embedding on a card of `card` bytes).
+    """(bytes of the layers, perhaps quantized; bytes of the embedding on a card of `card` bytes).
 
-    `size`: bytes of a number in compute. An embedding above a sixteenth of the card stays on the host."""
+    `size`: bytes of a number in compute. An embedding above a sixteenth of the card stays on the host, unless it is
+    trained. Weights that are trained have 4 bytes."""
+    size = 4 if recipe.own else size
     embedding = shape.vocab*shape.hidden*size
-    return shape.linear*_WEIGHT_BYTES.get(recipe.quantization, size), embedding if embedding <= card/16 else 0.
+    here = recipe.tuning == 'full' or embedding <= card/16
+    return shape.linear*_WEIGHT_BYTES.get(recipe.quantization, size), embedding if here else 0.
 
-def kept_bytes(shape, rank, longest, size=2):
+def kept_bytes(shape, rank, longest, size=2, own=False):
     """Bytes that a trained layer keeps for each token, where the longest sequence has `longest` tokens.
 
+    `own`: its own weights are trained, not LoRA's.
     The factors were counted with `saved_bytes` on small models, in 16 (`size` 2) and 32 bits (4)."""
     q, kv, half = shape.heads*shape.head_dim, shape.kv_heads*shape.head_dim, size == 2
     low_rank = len(shape.matrices)*rank*size
@@ -123,20 +137,22 @@ def memory(setup, batch_tokens, recomputed, longest, size=2):
     "{part: bytes} on one card while it trains, `recomputed` layers computed twice; `longest`: tokens of a sequence."
     shape, recipe, trained = setup.shape, setup.recipe, setup.trained
     layers, embedding = weight_bytes(shape, recipe, setup.accelerator.memory_gib*GIB, size)
-    adapter = shape.adapter(recipe.rank, trained)
     # a layer that is computed twice keeps what enters it; it is whole once the layers above it are gone, as the lowest
     # ones are computed twice, so it counts where nothing else is kept
-    kept = batch_tokens*kept_bytes(shape, recipe.rank, longest, size)
-    entering = batch_tokens*shape.hidden*size
+    kept = batch_tokens*kept_bytes(shape, recipe.rank, longest, size, own=recipe.own)
+    entering = batch_tokens*shape.hidden*(4 if recipe.own else size)
     activations = max(trained - recomputed, 1)*kept + recomputed*entering
     # the largest matrix unpacked, and one MLP in 32 bits
     unpacked = max(i*o for i, o in shape.matrices)*size if recipe.quantization != 'none' else 0
+    # beside the weights: adapters, or while a pass lasts copies of the matrices in the precision of compute
+    linear = shape.linear*trained/shape.layers
+    own = dict(copies=size*linear if size < 4 else 0.) if recipe.own else dict(adapters=4.*setup.trained_weights)
     return dict(
         weights=layers,
         embedding=embedding,
-        adapters=4.*adapter,
-        gradients=4.*adapter,
-        optimizer=8.*adapter,
+        **own,
+        gradients=4.*setup.trained_weights,
+        optimizer=8.*setup.trained_weights,
         activations=activations,
         workspace=unpacked + 4.*batch_tokens*shape.intermediate,
         context=_CONTEXT*GIB)
@@ -152,6 +168,19 @@ def hours(setup, operations, tokens, passes, batch_tokens):
     unpacking = batches*passes*2.5*setup.shape.linear/(.8*acc.bandwidth_gbs*1e9)
     return (compute + unpacking)/3600
 
+_BUS = 5e9   # bytes a second at which the gradients of two T4s are summed, through the host: assumed
+
+def update_hours(setup, rows):
+    """Hours of the optimizer steps of an epoch of `rows` themselves: gradients summed over the cards, weights updated.
+
+    Counted where own weights are trained; beside the hours of a model that needs LoRA those of LoRA are nothing."""
+    acc, weights = setup.accelerator, setup.trained_weights
+    if not setup.recipe.own: return 0.
+    # around the ring; Adam reads weight, gradient and two moments, and writes all but the gradient
+    summing = 2*(acc.cards - 1)/acc.cards*4*weights/_BUS
+    adam = 28*weights/(.8*acc.bandwidth_gbs*1e9)
+    return rows/setup.recipe.batch_rows*(summing + adam)/3600
+
 def train_hours(setup, work, batch_tokens, recomputed):
     "Hours of a training with its evaluations, of `batch_tokens` at a time with `recomputed` layers computed twice."
     shape, recipe = setup.shape, setup.recipe
@@ -160,6 +189,7 @@ def train_hours(setup, work, batch_tokens, recomputed):
     operations = share*train_operations(shape, work, recipe, recomputed)
     passes = 1 + (setup.trained + recomputed)/shape.layers
     training = hours(setup, operations, share*work.tokens, passes, batch_tokens=batch_tokens)
+    training += update_hours(setup, share*work.rows)
     # evaluations keep nothing for a backward pass, so their batches are twice as large
     seen = recipe.evaluated(work.rows)
     operations = seen*forward_operations(shape, work)

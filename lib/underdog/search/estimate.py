@@ -56,10 +56,11 @@ def best_fit(setup, work):
 def remedies(setup, work):
     "What would make it fit, a text for each: changes of the recipe, each alone, and the two smallest accelerators."
     shape, recipe, acc = setup.shape, setup.recipe, setup.accelerator
+    smaller = [dict(tuning='layers'), dict(tuning='lora'), dict(tuning='lora', quantization='nf4')]
     changes = [
-        dict(quantization='nf4'),
+        *(smaller if recipe.own else [dict(quantization='nf4')]),
         dict(max_length=recipe.max_length//2),
-        dict(lora_layers=shape.layers//2),
+        recipe.upper(shape.layers//2),
         dict(rank=max(1, recipe.rank//4)),
         dict(batch_tokens=512),
     ]
@@ -115,8 +116,9 @@ def _refusal(setup, work):
     shape, recipe, acc = setup.shape, setup.recipe, setup.accelerator
     ways = remedies(setup, work)
     way_out = f"it would with: {'; or '.join(ways)}" if ways else 'nor with any change or card known here'
-    return (f'{shape.name} does not fit on {acc.name} ({acc.memory_gib:g} GiB a card) with {recipe.quantization}, '
-            f'rank {recipe.rank}, max_length {recipe.max_length}; {way_out}')
+    what = f'tuning={recipe.tuning}' if recipe.own else f'{recipe.quantization}, rank {recipe.rank}'
+    return (f'{shape.name} does not fit on {acc.name} ({acc.memory_gib:g} GiB a card) with {what}, '
+            f'max_length {recipe.max_length}; {way_out}')
 
 # %% ../../../nbs/6_search/04_estimate.ipynb #5d3a3d67
 _FORMULAS = dict(
@@ -128,14 +130,30 @@ _FORMULAS = dict(
     activations='{tokens:,} tokens (a batch, or the longest row) x bytes kept a layer x layers not computed twice',
     workspace='the largest matrix unpacked, one MLP in 32 bits',
     context='assumed')
+_OWN_FORMULAS = dict(   # where they differ, as the model's own weights are trained
+    weights='parameters of the linear layers x 4',
+    embedding='vocabulary x width x 4; 0: stays on the host',
+    copies='trained linear layers x 2, while a pass lasts',
+    gradients='trained parameters x 4',
+    optimizer='trained parameters x 8 (Adam)')
 
 def _memory_lines(setup, work, fit):
     "What lies in the memory of a card."
     parts = needed(setup, work, fit.batch_tokens, fit.recomputed)
     tokens = max(fit.batch_tokens, round(work.longest))
-    lines = [Line(part, size/GIB, 'GiB', _FORMULAS[part].format(tokens=tokens)) for part, size in parts.items()]
+    formulas = _FORMULAS | (_OWN_FORMULAS if setup.recipe.own else {})
+    lines = [Line(part, size/GIB, 'GiB', formulas[part].format(tokens=tokens)) for part, size in parts.items()]
     lines.append(Line('memory', sum(parts.values())/GIB, 'GiB', f'sum, of {setup.accelerator.memory_gib:g}'))
     return lines
+
+_KAGGLE_DISK = 20e9
+
+def _kept_on_disk(checkpoint):
+    "How a checkpoint of so many bytes is counted, and how many of them Kaggle's disk holds."
+    counted, fitting = 'trained parameters x 12', int(_KAGGLE_DISK//checkpoint)
+    if fitting >= 3: return f'{counted}; three on disk while one is written'
+    if fitting == 2: return f"{counted}; two on disk while one is written, as Kaggle's 20 GB hold no more"
+    return f"{counted}; Kaggle's 20 GB do not hold two, so it is refused there: train fewer weights"
 
 def _training_lines(setup, work, fit, budget):
     "How the training runs, and how long."
@@ -145,14 +163,18 @@ def _training_lines(setup, work, fit, budget):
     floor = train_hours(ideal, work, fit.batch_tokens, recomputed=0)
     rate = f'{acc.cards} x {acc.sustained_tflops:g} TFLOP/s'
     real = f'operations / ({rate} x {setup.efficiency:g}) + unpacking of nf4, with evaluations'
+    steps = ' + steps' if recipe.own else ''   # themselves: gradients summed, weights updated
+    if steps: real = f'operations / ({rate} x {setup.efficiency:g}){steps}, with evaluations'
+    checkpoint = 12*setup.trained_weights
     rows = f'{work.rows:,} rows cut to {recipe.max_length} a sequence, head {recipe.head}'
     sessions, weeks = math.ceil(fit.hours/budget.session_h), fit.hours/budget.week_h
     return [
         Line('batch_tokens', fit.batch_tokens, 'tokens', 'the fastest that fits'),
         Line('layers computed twice', fit.recomputed, f'of {setup.trained}', 'the fewest that fit'),
         Line('tokens of an epoch', work.tokens, 'tokens', rows),
+        Line('checkpoint', checkpoint/1e9, 'GB', _kept_on_disk(checkpoint)),
         Line('training', fit.hours, 'h', real),
-        Line('floor', floor, 'h', f'operations without recomputation / ({rate})'),
+        Line('floor', floor, 'h', f'operations without recomputation / ({rate}){steps}'),
         Line('sessions', sessions, '', f'of {budget.session_h:g} h'),
         Line('weeks of quota', weeks, 'weeks', f'of {budget.week_h:g} h'),
     ]
@@ -186,7 +208,7 @@ class PublishedRun(NamedTuple):
     rows: int
     hours: float
     recomputed: int   # layers computed twice
-    kind: str         # of pass: 'train' with LoRA, 'full' without, 'infer'
+    kind: str         # of pass: 'train', 'infer'
 
 _LORA = Recipe(head='joint', held_out=0., evaluations=0)
 PUBLISHED = (
@@ -196,8 +218,9 @@ PUBLISHED = (
                  rows=46_000, hours=15., recomputed=42, kind='train'),
     PublishedRun('Gemma-2-9B, 25k rows at 2,048 on 2 x T4 (emiz6413)', 'gemma-2-9b', '2xT4',
                  Recipe(head='joint', max_length=2048), rows=25_000, hours=4., recomputed=0, kind='infer'),
-    PublishedRun('DeBERTa-v3-large on 2 x T4 (forum)', 'deberta-v3-large', '2xT4', replace(_LORA, quantization='none'),
-                 rows=LMSYS_ROWS, hours=6., recomputed=0, kind='full'),
+    PublishedRun('DeBERTa-v3-large on 2 x T4 (forum)', 'deberta-v3-large', '2xT4',
+                 replace(_LORA, quantization='none', tuning='full'),
+                 rows=LMSYS_ROWS, hours=6., recomputed=0, kind='train'),
 )
 
 class Implied(NamedTuple):
@@ -213,8 +236,7 @@ def implied(run):
     forward = forward_operations(shape, work)
     operations = dict(
         train=train_operations(shape, work, run.recipe, run.recomputed),
-        infer=forward,
-        full=3*forward)[run.kind]
+        infer=forward)[run.kind]
     rate = operations/(run.hours*3600)/acc.cards/1e12
     predicted = operations/(acc.cards*acc.sustained_tflops*1e12*EFFICIENCY)/3600
     return Implied(rate, rate/acc.sustained_tflops, predicted/run.hours)

@@ -32,7 +32,7 @@ class Ranked:
 # %% ../../../nbs/6_search/04a_ranking.ipynb #96100d23
 def _smaller(recipe, shape):
     "Changes of the `recipe`, the least painful first; none at all before them."
-    short, upper = dict(max_length=recipe.max_length//2), dict(lora_layers=shape.layers//2)
+    short, upper = dict(max_length=recipe.max_length//2), recipe.upper(shape.layers//2)
     half = dict(epochs=recipe.epochs/2)
     return [{}, short, upper, short | upper, short | upper | half]
 

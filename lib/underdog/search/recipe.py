@@ -23,9 +23,11 @@ class Recipe:
     head: str = ModelConfig.head                   # a sequence per answer (pair), or one with both: see text.heads
     max_length: int = PromptConfig.max_length      # tokens of one sequence
     epochs: float = TrainConfig.epochs
+    tuning: str = ModelConfig.tuning               # what is trained: LoRA, or own weights (full; layers: no embedding)
     rank: int = ModelConfig.rank                   # of LoRA on all linear layers
     lora_layers: int = 0                           # upper layers that the backward pass reaches; 0: all
     quantization: str = ModelConfig.quantization
+    batch_rows: int = TrainConfig.batch_rows       # of an optimizer step
     orders: int = 1                                # in training: 2 shows a joint head both orders
     tta: bool = InferConfig.tta                    # all orders in inference
     held_out: float = 1/TrainConfig.n_folds        # of the rows
@@ -35,9 +37,13 @@ class Recipe:
     frame_tokens: int = 20                         # of a sequence: what stands around its texts
 
     def __post_init__(self):
-        for name, known in dict(head=tuple(HEADS), quantization=CHOICES['quantization']).items():
-            value = getattr(self, name)
+        for name in ('head', 'quantization', 'tuning'):
+            value, known = getattr(self, name), CHOICES[name]
             if value not in known: raise UserError(f'{name}={value!r}: {nearest(value, known)}')
+        # what these configs refuse is refused here with the same words
+        if self.own: ModelConfig('', quantization=self.quantization, tuning=self.tuning)
+        if self.tuning == 'full' and self.lora_layers:
+            raise UserError(f'lora_layers={self.lora_layers}, tuning=full: set tuning=layers to train some layers')
         sensible = self.max_length >= 64 and self.rank >= 1 and self.epochs > 0 and 0 <= self.held_out < 1
         # beyond these no number of a plan means anything
         most = dict(max_length=10**6, rank=10**5, epochs=10**4)
@@ -46,6 +52,15 @@ class Recipe:
         if not sensible:
             raise UserError('max_length at least 64, rank at least 1, epochs above 0, '
                             'held_out from 0 to below 1 wanted')
+
+    @property
+    def own(self):
+        "Are the model's own weights trained?"
+        return self.tuning != 'lora'
+
+    def upper(self, layers):
+        "The changes of this recipe with which only the upper `layers` are trained."
+        return dict(lora_layers=layers) | (dict(tuning='layers') if self.own else {})
 
     @classmethod
     def of_training(cls, model, prompt=PromptConfig(), cfg=TrainConfig(), layers=0):
@@ -59,9 +74,11 @@ class Recipe:
             head=model.head,
             max_length=prompt.max_length,
             epochs=cfg.epochs*cfg.share,
+            tuning=model.tuning,
             rank=model.rank,
             lora_layers=_reached_layers(model.lora_layers, layers),
             quantization=model.quantization,
+            batch_rows=cfg.batch_rows,
             orders=len(HEADS[model.head].orders) if both else 1,
             held_out=1/cfg.n_folds if holds_out else 0.,
             evaluations=cfg.evaluations,

@@ -120,7 +120,8 @@ class MemoryPlan:
     def _remedies(self):
         "What a person can do where nothing can give way."
         remedies = ['set a smaller max_length', 'take a smaller model']
-        if self.model.cfg.quantization != 'nf4': remedies.insert(0, 'set quantization=nf4')
+        if self.model.cfg.tuning != 'lora': remedies.insert(0, 'set tuning=layers or lora')
+        elif self.model.cfg.quantization != 'nf4': remedies.insert(0, 'set quantization=nf4')
         if self.room is None and (self.needs is None or self.layers < self.trained):
             remedies.insert(0, 'set checkpointing=all')
         return ', '.join(remedies[:-1]) + ' or ' + remedies[-1]
@@ -191,7 +192,9 @@ def _measure(model, source, longest_row, orders):
     device = next(model.head.parameters()).device
     batches = [short.batch(row), short.batch(row + twin), longer.batch(row)]
     kept = measure_kept(model, *(batch.to(device) for batch in batches))
-    entering = model.backbone.config.hidden_size*torch.finfo(model.dtype).bits/8
+    # between layers, states are at least as wide as the weights of norms and embeddings
+    own = torch.float32 if model.cfg.tuning != 'lora' else model.dtype
+    entering = model.backbone.config.hidden_size*own.itemsize
     return Needs(kept, int(source.tokens_of(orders)[longest_row]), entering)
 
 def plan_memory(model, source, rows, cfg, free=None):

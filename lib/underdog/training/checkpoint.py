@@ -11,14 +11,15 @@ from pathlib import Path
 
 from ..core import (
     UserError, atomic_path, disk_full, file_hash, first_line, read_json, remove_temporaries, write_json)
+from ..machine import on_kaggle
 
 # %% ../../../nbs/4_training/05_checkpoint.ipynb #9c1a8e52
-_KEEP = 2             # checkpoints on disk; while one is written there are three
+_KEEP = 2             # checkpoints on disk, where they are not too large; while one is written there is one more
 _KAGGLE_DISK = 20e9   # bytes that /kaggle/working may hold
 
 class Checkpoints:
     "The newest states of a run in `folder`; a state is a dict of tensors, numbers, texts, lists and dicts."
-    def __init__(self, folder): self.folder = Path(folder)
+    def __init__(self, folder): self.folder, self.keep = Path(folder), _KEEP
 
     def _file(self, step): return self.folder/f'step-{step:08d}.pt'
 
@@ -30,7 +31,7 @@ class Checkpoints:
         return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
     def save(self, step, state):
-        "Write `state`, drop all but the newest two; False, and a printed line, when there is no room on the disk."
+        "Write `state`, drop all but the newest; False, and a printed line, when there is no room on the disk."
         remove_temporaries(self.folder)
         saved = self._write(step, state)
         # a full disk costs the older checkpoints, then this one, but never the newest that is there
@@ -39,7 +40,7 @@ class Checkpoints:
             safe = ''.join(f', step {s} is safe' for s in self.steps()[:1])
             print(f'{self.folder}: the disk is full, step {step} was not saved; free some space{safe}', flush=True)
             return False
-        for s in self.steps()[_KEEP:]: self.drop(s)
+        for s in self.steps()[self.keep:]: self.drop(s)
         return True
 
     def make_room(self):
@@ -81,14 +82,19 @@ class Checkpoints:
         self._file(step).unlink(missing_ok=True)
 
     def check_room(self, bytes_each):
-        "Raise `UserError` before the first step when the disk cannot hold checkpoints of `bytes_each`."
+        """Before the first step: keep one checkpoint of `bytes_each` where the disk does not hold more.
+
+        `UserError` when it does not even hold another one beside it, which is being written."""
         here = self.folder if self.folder.exists() else self.folder.parent
         # the checkpoints that are there will make room for new ones
         held = sum(f.stat().st_size for f in self.folder.glob('step-*.pt'))
-        free = min(shutil.disk_usage(here).free, _KAGGLE_DISK) + held
-        if (_KEEP + 1)*bytes_each > free:
-            raise UserError(f'{self.folder}: {_KEEP + 1} checkpoints of {bytes_each/1e9:.2f} GB want more than '
-                            f'the {free/1e9:.2f} GB that are free; free some space or lower the rank')
+        free = shutil.disk_usage(here).free + held
+        if on_kaggle(): free = min(free, _KAGGLE_DISK)   # the disk says more than may be saved
+        self.keep = _KEEP if (_KEEP + 1)*bytes_each <= free else 1
+        if (self.keep + 1)*bytes_each > free:
+            raise UserError(f'{self.folder}: {self.keep + 1} checkpoints of {bytes_each/1e9:.2f} GB want more than '
+                            f'the {free/1e9:.2f} GB that are free; free some space or train fewer weights (a lower '
+                            'rank, tuning=layers)')
 
 def _is_full(error, folder):
     "Does `error` come from a full disk? torch's zip writer turns that into a RuntimeError."

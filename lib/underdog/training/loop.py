@@ -25,12 +25,18 @@ def _longest(source, rows, budget, orders=(False,)):
     fitting = int(np.searchsorted(np.cumsum(lengths[order]), budget, 'right'))
     return np.asarray(rows)[order[:max(1, fitting)]]
 
+def _snapshot(training):
+    "A copy of the state of `training`, the weights on the host: they may be half of what a GPU holds."
+    state = training.state()
+    weights = {name: p.to('cpu', copy=True) for name, p in state.pop('weights').items()}
+    return copy.deepcopy(state) | dict(weights=weights)
+
 def rehearse(training):
     """Tokens per second of a step on the longest rows; two such steps and an evaluation are made and undone.
 
     Only the token budget that memory allows is kept. `Unhealthy` when the adapters would not be trained."""
     t, source = training, training.data.source
-    before, orders = copy.deepcopy(t.state()), orders_of(source.head)
+    before, orders = _snapshot(t), orders_of(source.head)
     # a step
     rows = _longest(source, t.data.train, t.at.budget*t.world)[:t.cfg.batch_rows]
     t.make_step(1, rows)

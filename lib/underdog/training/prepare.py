@@ -8,7 +8,7 @@ __all__ = ['Described', 'describe', 'with_folds', 'differences', 'prepare']
 # %% ../../../nbs/4_training/07_prepare.ipynb #d74ce2f0
 import json, math
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from ..data.rows import TEXTS, data_hash, read_rows
 from ..text.prompt import PromptConfig, Prompter
 from ..text.tokens import tokenize_rows
 from ..model.folder import base_hash
-from ..model.settings import compute_dtype
+from ..model.settings import ModelConfig, compute_dtype
 from .checkpoint import Checkpoints
 from .settings import TrainConfig
 
@@ -60,7 +60,7 @@ def describe(train_csv, model, prompt=PromptConfig(), cfg=TrainConfig(), competi
         data=dict(file=report.file, hash=data_hash(df), rows=len(df), repaired=report.repaired),
         model=asdict(model),
         prompt=asdict(prompt),
-        train=asdict(cfg),
+        train=asdict(cfg.with_lr(model.tuning)),
         template_hash=prompter.template_hash,
         tokenizer_hash=prompter.tokenizer_hash,
         base_hash=base_hash(model.path),
@@ -87,8 +87,10 @@ def with_folds(df, cfg):
 
 def _identity(config):
     "{setting: value} of all in which two runs must agree to be the same run."
-    train = {k: v for k, v in config.get('train', {}).items() if k not in _FREE}
-    model = {f'model.{k}': v for k, v in config.get('model', {}).items() if k != 'path'}
+    # a setting that an earlier build did not have had the value that is its default today
+    known = lambda cls, part: {f.name: f.default for f in fields(cls)} | config.get(part, {})
+    train = {k: v for k, v in known(TrainConfig, 'train').items() if k not in _FREE}
+    model = {f'model.{k}': v for k, v in known(ModelConfig, 'model').items() if k != 'path'}
     hashes = {k: config.get(k) for k in ('template_hash', 'tokenizer_hash', 'base_hash')}
     # two boards may ask the same question
     question = get_competition(config['competition']).question if config.get('competition') else None

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from ..core import UserError
-from ..model.memory import out_of_memory, release_memory
+from ..model.memory import MESSAGE, out_of_memory, release_memory
 from ..text.heads import orders_of
 from ..text.bins import rank_share
 from ..text.source import RowSource, present
 from .budget import MemoryPlan
-from .objective import make_optimizer, row_losses
+from .objective import make_optimizer, row_losses, smooth
 from .schedule import evaluation_steps, lr_factor, row_order, split_steps
 
 # %% ../../../nbs/4_training/02_step.ipynb #2a28ad75
@@ -51,22 +51,34 @@ class _Computed(NamedTuple):
     tokens: int
     not_finite: int   # the other rows
 
+def _messages(params):
+    "`params` in lists whose gradients are summed together: of `MESSAGE` numbers at most, but at least one parameter."
+    lists, size = [], 0
+    for p in params:
+        if not lists or size + p.numel() > MESSAGE:
+            lists.append([])
+            size = 0
+        lists[-1].append(p)
+        size += p.numel()
+    return lists
+
 class Training:
     "A run between two steps; `state` and `load` are what a checkpoint keeps."
     def __init__(self, model, data, cfg, accelerator, memory=None):
-        self.model, self.data, self.cfg = model, data, cfg
+        self.model, self.data, self.cfg = model, data, cfg.with_lr(model.cfg.tuning)
         self.accelerator, self.world = accelerator, accelerator.num_processes
         # rows and labels, on the device
         on_device = lambda x: torch.tensor(x, dtype=torch.float32, device=accelerator.device)
-        self.y = on_device(data.y)
+        self.labels = smooth(data.y, cfg.smoothing)
+        self.y = on_device(self.labels)
         self.offset = None if data.offset is None else on_device(data.offset)
         # every step that will be made
         order = row_order(len(data.train), cfg.epochs, cfg.seed)
         self.plan = split_steps(data.train[order], cfg.batch_rows)
         self.evaluations = evaluation_steps(len(self.plan), cfg.evaluations)
-        self.log_prior = np.log(data.y[data.train].mean(0).clip(1e-6))
+        self.log_prior = np.log(self.labels[data.train].mean(0).clip(1e-6))
         # what changes
-        self.optimizer = accelerator.prepare_optimizer(make_optimizer(model, cfg))
+        self.optimizer = accelerator.prepare_optimizer(make_optimizer(model, self.cfg))
         self.params = [p for g in self.optimizer.param_groups for p in g['params']]
         self.memory = memory or MemoryPlan(model, cfg.batch_tokens)
         self.at = Progress(budget=self.memory.budget)
@@ -101,7 +113,7 @@ class Training:
         # one gradient for all processes, and the update
         self._sum_gradients()
         figures |= self._update(nothing=figures['not_finite'] == len(rows))
-        prior_loss = float(-(self.data.y[rows]*self.log_prior).sum(1).mean())
+        prior_loss = float(-(self.labels[rows]*self.log_prior).sum(1).mean())
         return figures | dict(prior_loss=prior_loss, rows=len(rows), seconds=time.monotonic() - began)
 
     def _begin_step(self, number, rows):
@@ -163,13 +175,14 @@ class Training:
             self.at.budget = self.memory.budget
 
     def _sum_gradients(self):
-        "Replace each gradient by its sum over all processes, in one message."
+        "Replace each gradient by its sum over all processes, in as few messages as memory allows."
         if self.world == 1: return
-        for p in self.params:
-            if p.grad is None: p.grad = torch.zeros_like(p)
-        flat = torch.cat([p.grad.flatten() for p in self.params])
-        summed = self.accelerator.reduce(flat, 'sum').split([p.numel() for p in self.params])
-        for p, grad in zip(self.params, summed): p.grad.copy_(grad.view_as(p))
+        for params in _messages(self.params):
+            for p in params:
+                if p.grad is None: p.grad = torch.zeros_like(p)
+            flat = torch.cat([p.grad.flatten() for p in params]) if len(params) > 1 else params[0].grad.flatten()
+            summed = self.accelerator.reduce(flat, 'sum').split([p.numel() for p in params])
+            for p, grad in zip(params, summed): p.grad.copy_(grad.view_as(p))
 
     def _update(self, nothing=False):
         """Clip and step, unless the gradients are not finite; gives their norms before clipping, and `skipped`.
