@@ -9,7 +9,7 @@ __all__ = ['row_losses', 'make_optimizer']
 import torch
 import torch.nn.functional as F
 
-from ..model.model import adapter_parameters, head_parameters
+from ..model.model import adapter_parameters
 
 # %% ../../../nbs/4_training/01a_objective.ipynb #2070c25b
 def row_losses(logits, y, offset=None):
@@ -19,15 +19,18 @@ def row_losses(logits, y, offset=None):
 
 # %% ../../../nbs/4_training/01a_objective.ipynb #3182cfb1
 _SCALAR_RATE = 10   # learning rate of the head's scalars over that of its weights
+_TIES, _TIE_RATE = 'tie_score.weight', .01   # that of the weights which read the sum of both answers
 
 def make_optimizer(model, cfg):
     "AdamW in groups: adapters, the head's weights, its scalars; `peak` of a group is its rate before the schedule."
-    head = head_parameters(model)
-    scalars = [p for p in head if p.numel() <= model.cfg.n_classes]
-    weights = [p for p in head if p.numel() > model.cfg.n_classes]
+    head = {name: p for name, p in model.head.named_parameters() if name != _TIES}
+    scalars = [p for p in head.values() if p.numel() <= model.cfg.n_classes]
+    weights = [p for p in head.values() if p.numel() > model.cfg.n_classes]
+    ties = [p for name, p in model.head.named_parameters() if name == _TIES]
     adapters = list(adapter_parameters(model))
     groups = [dict(what='adapter', params=adapters, lr=cfg.lr, weight_decay=cfg.weight_decay),
               dict(what='head', params=weights, lr=cfg.head_lr, weight_decay=0.0),
+              dict(what='head', params=ties, lr=_TIE_RATE*cfg.head_lr, weight_decay=0.0),
               dict(what='head', params=scalars, lr=_SCALAR_RATE*cfg.head_lr, weight_decay=0.0)]
     # rank 0 has no adapters, and a head may have no scalars
     groups = [g for g in groups if g['params']]
