@@ -207,10 +207,33 @@ def test_pair_is_symmetric(bases, family, n_classes):
     with torch.no_grad(): torch.testing.assert_close(model.head(x.roll(3, 0)), model.head(x)[:, swap])
 
 
-def test_pair_is_davidsons_model(bases):
+def test_pair_is_davidsons_model_with_a_tie_for_each_row(bases):
     model = trained(config(bases['llama']))
     a, b, tie = logits_of(model, make_batch()).T
-    torch.testing.assert_close(tie, (a + b)/2 + model.head.tie.detach())
+    with torch.no_grad(): first, second = model.features(make_batch()).chunk(2)
+    by_row = model.head.tie_score.weight[0].detach() @ (first + second).T/2
+    torch.testing.assert_close(tie, (a + b)/2 + by_row + model.head.tie.detach(), rtol=1e-4, atol=1e-5)
+    assert (by_row[0] - by_row[1]).abs() > 1e-3
+
+
+@pytest.mark.parametrize('head', ['pair', 'combined'])
+def test_a_tie_for_each_row_begins_at_nothing_and_changes_no_other_start(bases, head):
+    fresh = load_model(config(bases['llama'], head=head)).head
+    assert not fresh.tie_score.weight.any() and fresh.score.weight.any()
+    assert load_model(config(bases['llama'], head=head, n_classes=2)).head.tie_score is None
+
+
+def test_a_head_saved_before_ties_by_row_still_loads(bases, tmp_path):
+    model = trained(config(bases['llama']))
+    model.head.tie_score.weight.data.zero_()
+    save_adapter(model, tmp_path/'adapter')
+    expected, file = logits_of(model, make_batch()), tmp_path/'adapter'/'head.safetensors'
+    state = load_file(file)
+    del state['tie_score.weight']
+    save_file(state, file)
+    assert torch.equal(logits_of(load_adapter(tmp_path/'adapter'), make_batch()), expected)
+    merged = load_merged(merge(tmp_path/'adapter', tmp_path/'merged'))
+    torch.testing.assert_close(logits_of(merged, make_batch()), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('n_classes', [2, 3])

@@ -75,7 +75,7 @@ head = load_file('head/head.safetensors')   # {head}''')
 
 _READ = dict(   # how a head makes logits of states
     pair='Each answer is read after the same prompt. Its score is `state @ score.weight.T`; the logits are the scores '
-         'of A and of B, and for a tie their mean plus `tie`.',
+         'of A and of B, and for a tie `tie` plus the mean of `state @ (score.weight + tie_score.weight).T` over both.',
     joint='Both answers stand in one sequence. The logits are `state @ score.weight.T + score.bias`, averaged over '
           'both orders, in the second with A and B exchanged.')
 

@@ -55,18 +55,24 @@ def unswap(logits, swapped):
 
 # %% ../../../nbs/3_model/05_head.ipynb #ea3eb477
 class PairHead(nn.Module):
-    "Scores of states (2B, h), first answers, then second ones -> logits (B, C) of first, second[, tie]."
+    """Scores of states (2B, h), first answers, then second ones -> logits (B, C) of first, second[, tie].
+
+    A tie's is the mean of both scores, plus `tie`, plus what `tie_score` gives for the mean of both states."""
     def __init__(self, hidden, n_classes=3, act=''):
         super().__init__()
         self.dense = _Dense(hidden, act) if act else nn.Identity()
         self.score = nn.Linear(hidden, 1, bias=False)   # a bias would cancel
         self.tie = nn.Parameter(torch.zeros(())) if n_classes == 3 else None
+        self.tie_score = nn.Linear(hidden, 1, bias=False) if n_classes == 3 else None
 
     def forward(self, x):
-        first, second = self.score(self.dense(x)).squeeze(-1).chunk(2)
-        logits = [first, second]
-        if self.tie is not None: logits.append((first + second)/2 + self.tie)
-        return torch.stack(logits, -1)
+        states = self.dense(x)
+        first, second = self.score(states).squeeze(-1).chunk(2)
+        if self.tie is None: return torch.stack([first, second], -1)
+        # what is symmetric in the two answers speaks for a tie
+        one, other = self.tie_score(states).squeeze(-1).chunk(2)
+        tie = (first + second)/2 + (one + other)/2 + self.tie
+        return torch.stack([first, second, tie], -1)
 
     def start_at(self, log_prior):
         "Give equal answers the class prior (C,)."
@@ -116,12 +122,14 @@ class CombinedHead(PairHead):
 def make_head(cfg, hidden):
     """A fresh fp32 head of `cfg` on states of width `hidden`.
 
-    Weights are normal with std .02/sqrt(hidden) from `cfg.seed`; all else, and the correction of `combined`, is 0."""
+    Its scores' weights are normal with std .02/sqrt(hidden) from `cfg.seed`; all else is 0."""
     kind = globals()[HEADS[cfg.head].module]
     head = kind(hidden, cfg.n_classes, cfg.head_act)
     generator = torch.Generator().manual_seed(cfg.seed)
     for p in head.parameters():
         if p.dim() < 2: nn.init.zeros_(p)
         else: p.data.normal_(0, .02*hidden**-.5, generator=generator)
+    # what corrects the scores begins at nothing
+    if getattr(head, 'tie_score', None) is not None: nn.init.zeros_(head.tie_score.weight)
     if hasattr(head, 'correction'): nn.init.zeros_(head.correction.score.weight)
     return head.float()

@@ -50,14 +50,17 @@ def _saved(folder):
                         'train or copy it again')
     return saved
 
-def _fill(parameters, file, what):
-    "Copy the tensors in `file` into the `parameters` of the same names; a name or a shape that differs raises."
+def _fill(parameters, file, what, optional=()):
+    """Copy the tensors in `file` into the `parameters` of the same names; a name or a shape that differs raises.
+
+    Those whose names are `optional` may be missing and stay as they are."""
     from safetensors.torch import load_file
     try: tensors = load_file(file)
     except Exception as e:
         raise UserError(f'{file}: cannot be read ({first_line(e)}); copy the run folder again') from None
     # every parameter has its tensor
     for name, p in parameters.items():
+        if name in optional and name not in tensors: continue
         if name not in tensors:
             raise UserError(f'{file}: {what} {name!r} is missing; the adapter was not saved whole, train or copy it '
                             'again')
@@ -69,6 +72,10 @@ def _fill(parameters, file, what):
     # and every tensor its parameter
     extra = sorted(set(tensors) - set(parameters))
     if extra: raise UserError(f'{file}: {what} {extra[0]!r} is not in the model; it is of another model')
+
+def _fill_head(model, folder):
+    "Fill the head of a fresh `model` from head.safetensors; heads that were saved before `tie_score` have it at 0."
+    _fill(dict(model.head.named_parameters()), folder/'head.safetensors', 'head tensor', optional=('tie_score.weight',))
 
 def _settings(folder, base, changes):
     "The `ModelConfig` of the adapter in `folder` on the `base`, with `changes`; `UserError` for another base."
@@ -90,7 +97,7 @@ def load_adapter(folder, device='cpu', base=None, **changes):
     # every trained value of the model comes from the two files
     model = load_model(cfg, device)
     _fill(_trained(model), folder/'adapter.safetensors', 'adapter tensor')
-    _fill(dict(model.head.named_parameters()), folder/'head.safetensors', 'head tensor')
+    _fill_head(model, folder)
     model.head_source = 'adapter'
     return model.eval()
 
@@ -263,6 +270,5 @@ def merge(folder, out, base=None, device='cpu', **changes):
 def load_merged(cfg, device='cpu'):
     "The model that `merge` wrote, without adapters; `cfg` as `merge` returned it, any quantization."
     model = load_model(cfg, device, tuned=False)
-    file = resolve_input(cfg.path)/'head'/'head.safetensors'
-    _fill(dict(model.head.named_parameters()), file, 'head tensor')
+    _fill_head(model, resolve_input(cfg.path)/'head')
     return model.eval()

@@ -17,7 +17,7 @@ from torch import nn
 from ..machine import resolve_input
 from ..text.heads import HEADS
 from ..text.pack import Packed
-from .folder import base_hash, weight_files
+from .folder import base_hash, check_score, weight_files
 from .backbone import load_backbone
 from .head import make_head, pool, pool_packed, pooled_tokens, unswap
 from .full import tune
@@ -27,7 +27,7 @@ from .settings import compute_dtype
 # %% ../../../nbs/3_model/08_model.ipynb #913ef2e3
 class StoredHead(NamedTuple):
     "A head that a model folder brings."
-    state: dict | None   # for `load_state_dict`; None: the folder brings none
+    state: dict | None   # its tensors, all others are 0; None: the folder brings none
     act: str             # activation of the layer before the scores, '' where there is no such layer
     pooling: str         # the token that it was trained on
 
@@ -47,13 +47,13 @@ def checkpoint_head(path, cfg, config):
     "The `StoredHead` of the model folder `path` that fits `cfg`, or None; `config`: of the backbone."
     if HEADS[cfg.head].asks: return None   # its read-outs were never trained
     answers = HEADS[cfg.head].answers
+    if answers: check_score(path)
     rows = 1 if answers else cfg.n_classes
     # a matrix of the right shape
     tensors = _find_tensors(path, _HEADS_TENSORS)
     weight = tensors.get('score.weight', tensors.get('classifier.weight'))
     if weight is None or weight.shape != (rows, config.hidden_size): return None
     state = {'score.weight': weight}
-    if answers and cfg.n_classes == 3: state['tie'] = torch.zeros(())
     if not answers: state['score.bias'] = tensors.get('classifier.bias', torch.zeros(rows))
     # a decoder's stands on the last token
     if 'score.weight' in tensors: return StoredHead(state, '', 'last')
@@ -120,7 +120,7 @@ def load_model(cfg, device='cpu', tuned=True):
     pooling = stored.pooling if cfg.pooling == 'auto' else cfg.pooling
     cfg = replace(cfg, head_act=stored.act, pooling=pooling)
     head = make_head(cfg, backbone.config.hidden_size)
-    if stored.state is not None: head.load_state_dict(stored.state)
+    if stored.state is not None: head.load_state_dict(head.state_dict() | stored.state)
     if tuned: backbone = tune(backbone, cfg)
     return PreferenceModel(
         cfg, backbone, head.to(device),

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from ..core import UserError, convert, fingerprint, first_line, nearest, regular
 from ..kernels import check_parameters, find_kernel
+from ..model.settings import ModelConfig
+from ..training.rates import usual_lr
 
 # %% ../../../nbs/6_search/06_sweep.ipynb #4f46083d
 _SEARCHES = ('tpe', 'random', 'grid')
@@ -67,8 +69,10 @@ def read_sweep(path):
         kernel, fixed = find_kernel(sweep.kernel), sweep.fixed or {}
         twice = [name for name in sweep.space if name in fixed]
         if twice: raise UserError(f'{twice[0]} is fixed and searched; leave it in one place')
-        space = {name: _check_range(kernel, name, given) for name, given in sweep.space.items()}
-        return Sweep(**vars(sweep) | dict(space=space, fixed=check_parameters(kernel, fixed)))
+        fixed = check_parameters(kernel, fixed)
+        given = sweep.space | _usual_rates(sweep, fixed)
+        space = {name: _check_range(kernel, name, given[name]) for name in sweep.space}
+        return Sweep(**vars(sweep) | dict(space=space, fixed=fixed))
     except UserError as e: raise UserError(f'{path}: {e}') from None
 
 _LARGEST = 20_000   # bytes; what is nested deeply takes the parser a time that grows with the square
@@ -88,6 +92,15 @@ def _read_yaml(path):
         if name not in known: raise UserError(f'{path}: unknown key {name!r}: {nearest(name, known)}')
     if 'space' not in values: raise UserError(f'{path}: no space; say which parameters are searched')
     return values
+
+_WIDTH = 10   # of the range of `lr: auto`: that many times above and below the usual one
+
+def _usual_rates(sweep, fixed):
+    "{'lr': its values} around the usual one where the space says `lr: auto`: a range, or five values of a grid."
+    if sweep.space.get('lr') != 'auto': return {}
+    usual = usual_lr(fixed.get('tuning', 'lora'), fixed.get('alpha', ModelConfig.alpha))
+    if sweep.search == 'grid': return dict(lr=[float(f'{usual*_WIDTH**(i/2):.2g}') for i in range(-2, 3)])
+    return dict(lr=dict(low=usual/_WIDTH, high=usual*_WIDTH, log=True))
 
 def _check_range(kernel, name, given):
     "A list of values or a {low, high, log} of a parameter, each of the type of the kernel's default."

@@ -7,13 +7,14 @@ __all__ = ['PromptConfig', 'Prompter', 'show_row']
 
 # %% ../../../nbs/2_text/04_prompt.ipynb #d42f33d0
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 
 from ..core import Settings, UserError, fingerprint, nearest
 from ..machine import resolve_input
 from ..data.competition import TEXTS
 from .heads import HEADS
-from .template import TEMPLATE_VERSION, chat_pieces, pieces, plain_pieces
+from .template import TEMPLATE_VERSION, chat_pieces, pieces, plain_pieces, scores_answers
 from .tokenizer import (
     control_ids, encode_texts, is_encoder, load_tokenizer, newline_sign, tokenizer_hash)
 from .truncate import Turn, fit_turns
@@ -67,7 +68,7 @@ class Prompter:
         self.pad_id, self.newline = tok.pad_token_id, newline_sign(tok)
         # the frame, and what no text may produce
         self.template = self._choose_template(tokenizer)
-        frame = self._make_frame()
+        frame = self._make_frame(tokenizer)
         self.control = control_ids(tok, {i for ids in frame.values() for i in ids})
         # the frame of two answers closes each of them
         self.frame_size = sum(map(len, frame.values())) + (len(frame['end']) if self.head.asks else 0)
@@ -98,9 +99,10 @@ class Prompter:
         if wanted == 'auto': return 'chat' if has_chat and not is_encoder(self.tokenizer) else 'plain'
         return wanted
 
-    def _make_frame(self):
+    def _make_frame(self, folder):
         "Ids of the frame's pieces, by name."
-        make = chat_pieces if self.template == 'chat' else plain_pieces
+        make = plain_pieces
+        if self.template == 'chat': make = partial(chat_pieces, as_trained=scores_answers(folder))
         texts = make(self.tokenizer, self.head, self.cfg.question)
         encode = lambda text: self.tokenizer(text, add_special_tokens=False)['input_ids']
         return {name: encode(text) if text else [] for name, text in texts.items()}

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 
 from ..model.full import depth_of
 from ..model.lora import without_lora
-from ..model.model import head_parameters
 
 # %% ../../../nbs/4_training/01a_objective.ipynb #2070c25b
 def row_losses(logits, y, offset=None):
@@ -26,6 +25,7 @@ def smooth(y, share):
 
 # %% ../../../nbs/4_training/01a_objective.ipynb #3182cfb1
 _SCALAR_RATE = 10   # learning rate of the head's scalars over that of its weights
+_TIES, _TIE_RATE = 'tie_score.weight', .01   # that of the weights which read the sum of both answers
 
 def _backbone_groups(model, cfg):
     "Groups of what is trained of the backbone: all of one learning rate and one decay stand together."
@@ -43,11 +43,13 @@ def make_optimizer(model, cfg):
     """AdamW in groups: of the backbone ('adapter', also where its own weights are trained), the head, its scalars.
 
     `peak` of a group is its rate before the schedule."""
-    head = head_parameters(model)
-    scalars = [p for p in head if p.numel() <= model.cfg.n_classes]
-    weights = [p for p in head if p.numel() > model.cfg.n_classes]
+    head = {name: p for name, p in model.head.named_parameters() if name != _TIES}
+    scalars = [p for p in head.values() if p.numel() <= model.cfg.n_classes]
+    weights = [p for p in head.values() if p.numel() > model.cfg.n_classes]
+    ties = [p for name, p in model.head.named_parameters() if name == _TIES]
     groups = [*_backbone_groups(model, cfg),
               dict(what='head', params=weights, lr=cfg.head_lr, weight_decay=0.0),
+              dict(what='head', params=ties, lr=_TIE_RATE*cfg.head_lr, weight_decay=0.0),
               dict(what='head', params=scalars, lr=_SCALAR_RATE*cfg.head_lr, weight_decay=0.0)]
     # a head may have no scalars
     groups = [g for g in groups if g['params']]

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import UserError, atomic_path, build_id, fingerprint, read_record, read_table, versions, write_json
-from ..machine import cache_folder, return_memory
+from ..machine import cache_folder, resolve_input, return_memory
 from ..runfolder import RunFolder, columns
 from ..data.competition import get_competition
 from ..data.floors import BASELINES, FLOORS, Floors, best_floor, fit_floors
@@ -23,7 +23,7 @@ from ..data.folds import labels_of, make_folds, prompt_groups
 from ..data.rows import TEXTS, data_hash, read_rows
 from ..text.prompt import PromptConfig, Prompter
 from ..text.tokens import tokenize_rows
-from ..model.folder import base_hash
+from ..model.folder import base_hash, check_score
 from ..model.settings import ModelConfig, compute_dtype
 from .checkpoint import Checkpoints
 from .settings import TrainConfig
@@ -53,8 +53,9 @@ def describe(train_csv, model, prompt=PromptConfig(), cfg=TrainConfig(), competi
     comp = comp or get_competition(report.competition)
     model = replace(model, n_classes=comp.n_classes)
     prompter = Prompter(prompt, model.path, model.head)
-    # a dtype that the GPU does not have is refused now, not in the worker
+    # a dtype that the GPU does not have, or a head that cannot begin, is refused now, not in the worker
     compute_dtype(model, 'cuda')
+    if prompter.head.probe and not prompter.head.asks: check_score(resolve_input(model.path))
     config = dict(
         competition=comp.name,
         data=dict(file=report.file, hash=data_hash(df), rows=len(df), repaired=report.repaired),

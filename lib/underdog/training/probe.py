@@ -6,7 +6,8 @@
 __all__ = ['start_from_probe']
 
 # %% ../../../nbs/4_training/06_probe.ipynb #513125ac
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -43,91 +44,144 @@ def pair_features(model, source, rows, budget=8192, accelerator=None):
     if world > 1: features = accelerator.reduce(features, 'sum')
     return features.cpu()
 
-# %% ../../../nbs/4_training/06_probe.ipynb #970ea7ef
-# of the ridge on standardized differences; infinite: no weights
-_STRENGTHS = (.003, .01, .03, .1, .3, 1., 3., np.inf)
+# %% ../../../nbs/4_training/06_probe.ipynb #28d1ac28
+# of the ridge on standardized features, the strongest first; infinite: no weights
+_STRENGTHS = (np.inf, 3., 1., .3, .1, .03, .01, .003)
 
 class Probe(NamedTuple):
     "What a probe has found."
-    weights: torch.Tensor      # (h,) float32, of the differences as they are
-    tie: torch.Tensor | None   # the tie parameter; None with two classes
-    ridge: float               # the strength that was chosen
-    loss: float                # out-of-fold log loss with that strength
+    weights: torch.Tensor              # (h,) float32, of the differences as they are
+    tie_weights: torch.Tensor | None   # (h,) float32, of the means as they are; None where there were none
+    tie: torch.Tensor | None           # the tie parameter; None with two classes
+    ridges: tuple                      # the strengths that were chosen, of both weights
+    loss: float                        # out-of-fold log loss with them; NaN where nothing could be held out
+
+class _Values(NamedTuple):
+    "What is fitted."
+    w: torch.Tensor            # (h,) of the differences
+    u: torch.Tensor            # (h,) of the means
+    tie: torch.Tensor | None
 
 @dataclass(frozen=True)
 class _Rows:
     "What a probe is fitted on."
     x: torch.Tensor               # (n, h) differences of features
+    means: torch.Tensor | None    # (n, h) of the features of both answers; None: they are not used
     y: torch.Tensor               # (n, C) labels
     offset: torch.Tensor | None   # (n, C) log-probabilities that are added to the logits
 
     def __getitem__(self, i):
-        return _Rows(self.x[i], self.y[i], None if self.offset is None else self.offset[i])
+        return _Rows(*(None if v is None else v[i] for v in (self.x, self.means, self.y, self.offset)))
 
-    def loss(self, w, tie):
-        "Mean log loss of weights `w` (h,) and the parameter `tie`."
-        s = self.x @ w
+    def loss(self, at):
+        "Mean log loss of the `_Values`."
+        s = self.x @ at.w
         logits = [s/2, -s/2]
-        if tie is not None: logits.append(tie.expand(len(s)))
+        if at.tie is not None: logits.append(at.tie + (s*0 if self.means is None else self.means @ at.u))
         z = torch.stack(logits, -1)
         if self.offset is not None: z = z + self.offset
         return -(self.y*torch.log_softmax(z, -1)).sum(-1).mean()
 
-def _solve(rows, tie, ridge):
-    "(weights (h,), tie) with the least loss on `rows`; `tie` is where the tie parameter starts, or None."
-    w = torch.zeros(rows.x.shape[1], dtype=rows.x.dtype)
-    tie = None if tie is None else tie.clone()
+def _solve(rows, tie, ridges, start=None):
+    "The `_Values` with the least loss on `rows`, sought from `start` on; `tie`: where that parameter starts, or None."
+    if start is None:
+        zeros = lambda features: rows.x.new_zeros(0 if features is None else features.shape[1])
+        start = _Values(zeros(rows.x), zeros(rows.means), tie)
+    at = _Values(*(None if v is None else v.clone() for v in start))
     # what is free to move; an offset contains the frequency of ties already
-    free = []
-    if not np.isinf(ridge): free.append(w.requires_grad_())
-    if tie is not None and rows.offset is None: free.append(tie.requires_grad_())
+    bound = [(v, ridge) for v, ridge in zip(at, ridges) if not np.isinf(ridge)]
+    free = [v.requires_grad_() for v, _ in bound]
+    if tie is not None and rows.offset is None: free.append(at.tie.requires_grad_())
     if free:
         solver = torch.optim.LBFGS(free, max_iter=60, line_search_fn='strong_wolfe')
         def closure():
             solver.zero_grad()
-            loss = rows.loss(w, tie)
-            if not np.isinf(ridge): loss = loss + ridge*(w**2).sum()
+            loss = rows.loss(at) + sum(ridge*(v**2).sum() for v, ridge in bound)
             loss.backward()
             return loss
         solver.step(closure)
-    return w.detach(), None if tie is None else tie.detach()
+    return _Values(*(None if v is None else v.detach() for v in at))
 
-def _out_of_fold(rows, part, tie, ridge):
-    "Log loss of `rows`, each predicted by a probe that was fitted on the other parts; `part` (n,) numbers them."
-    total = 0.
-    for k in np.unique(part):
-        others, held = np.flatnonzero(part != k), np.flatnonzero(part == k)
-        total += len(held)*float(rows[held].loss(*_solve(rows[others], tie, ridge)))
-    return total/len(part)
+def _choose(rows, part, tie, candidates):
+    """(the pair of ridges among `candidates` with the least out-of-fold loss, that loss); `part` (n,): the folds.
 
-def fit_probe(x, y, offset=None, tie=None, groups=None, k=5):
-    """The `Probe` of labels `y` (n, C) on differences of features `x` (n, h).
+    The strongest stands first; a weaker one starts where that before it ended, and after two that were worse than the
+    best none is tried. With a single fold nothing can be held out: the first one, and NaN."""
+    folds = [(rows[np.flatnonzero(part != k)], rows[np.flatnonzero(part == k)]) for k in np.unique(part)]
+    if len(folds) == 1: return candidates[0], np.nan
+    losses, ends = [], [None]*len(folds)
+    for ridges in candidates:
+        ends = [_solve(others, tie, ridges, end) for (others, _), end in zip(folds, ends)]
+        losses.append(sum(len(held.x)*float(held.loss(end)) for (_, held), end in zip(folds, ends))/len(part))
+        best = int(np.argmin(losses))
+        if len(losses) - best > 2: break
+    return candidates[best], losses[best]
+
+def fit_probe(x, y, means=None, offset=None, tie=None, groups=None, strengths=None, k=5):
+    """The `Probe` of labels `y` (n, C) on differences `x` and, for ties, `means` (both (n, h)) of features.
 
     `offset` (n, C): log-probabilities that are added to the logits. `tie`: where the tie parameter starts, None for two
-    classes. Rows of one of the `groups` (n,) stay together in the `k` parts of the cross-validation."""
-    # in double precision, every feature with a mean square of 1
-    x, y = (torch.as_tensor(v, dtype=torch.float64) for v in (x, y))
-    offset = None if offset is None else torch.as_tensor(offset, dtype=torch.float64)
-    scale = x.square().mean(0).sqrt().clamp(min=1e-6)
-    rows = _Rows(x/scale, y, offset)
-    # choose the ridge out of fold; with a single group nothing can be held out
-    group = np.arange(len(x)) if groups is None else groups
-    part = np.unique(group, return_inverse=True)[1] % k
-    losses = {np.inf: np.nan}
-    if len(set(part)) > 1: losses = {ridge: _out_of_fold(rows, part, tie, ridge) for ridge in _STRENGTHS}
-    best = min(losses, key=losses.get)
+    classes. Rows of one of the `groups` (n,) stay together in the `k` parts of the cross-validation, which chooses
+    among the `strengths` of a ridge."""
+    # in double precision, every feature with a mean square of 1; those of ties about their centre
+    double = lambda v: None if v is None else torch.as_tensor(v, dtype=torch.float64)
+    x, y, means, offset, tie = map(double, (x, y, means, offset, tie))
+    size = lambda v: v.square().mean(0).sqrt().clamp(min=1e-6)
+    scale, rows = size(x), _Rows(x/size(x), None, y, offset)
+    # choose the ridges out of fold; with a single group nothing can be held out
+    strengths = strengths or _STRENGTHS
+    part = np.unique(np.arange(len(x)) if groups is None else groups, return_inverse=True)[1] % k
+    best, loss = _choose(rows, part, tie, [(ridge, np.inf) for ridge in strengths])
+    if means is not None:
+        centre = means.mean(0)
+        tie_scale = size(means - centre)
+        rows = replace(rows, means=(means - centre)/tie_scale)
+        best, loss = _choose(rows, part, tie, [(best[0], ridge) for ridge in strengths])
     # fit it on all rows
-    w, tie = _solve(rows, tie, best)
-    return Probe((w/scale).float(), tie, best, losses[best])
+    at = _solve(rows, tie, best)
+    if means is None: return Probe((at.w/scale).float(), None, at.tie, best, loss)
+    u = at.u/tie_scale
+    return Probe((at.w/scale).float(), u.float(), at.tie - u @ centre, best, loss)
 
-# %% ../../../nbs/4_training/06_probe.ipynb #f559da15
+# %% ../../../nbs/4_training/06_probe.ipynb #cd3e2399
+def _fit_fresh(head, features, fit):
+    "(tensors of a fresh `head`, a line on them) by the probe that `fit` fits."
+    means = None if head.tie is None else features.mean(1)
+    probe = fit(features[:, 0] - features[:, 1], means=means)
+    tensors, ridges = {'score.weight': probe.weights[None]}, f'ridge {probe.ridges[0]:g}'
+    if means is not None:
+        tensors |= {'tie_score.weight': probe.tie_weights[None], 'tie': probe.tie}
+        ridges += f', of ties {probe.ridges[1]:g}'
+    return tensors, (f'the head starts from a linear probe on {len(features)} rows: '
+                     f'out-of-fold log loss {probe.loss:.4f}, {ridges}')
+
+# %% ../../../nbs/4_training/06_probe.ipynb #4b5e70aa
+_FEW = 400       # rows for two numbers
+_FREE = (1e-4,)   # a ridge that leaves one number as it is
+
+def _fit_stored(head, features, fit):
+    "(tensors of the `head` of a reward model, a line on them): its scale and tie by the probe that `fit` fits."
+    with torch.no_grad(): scores = head.score(head.dense(features.to(head.score.weight.device))).cpu()
+    x, y, offset = scores[:, 0] - scores[:, 1], fit.keywords['y'], fit.keywords['offset']
+    probe, alone = fit(x, strengths=_FREE), fit(x, offset=None, strengths=_FREE)
+    tensors = {'score.weight': probe.weights*head.score.weight.detach().cpu()}
+    if probe.tie is not None: tensors['tie'] = probe.tie
+    # how good it is as it stands
+    loss, prior = lambda log_p: float(-(y*log_p).sum(1).mean()), np.log(y.mean(0).clip(1e-6))
+    line = (f"the head is the reward model's own, times {float(probe.weights):.3g}: out-of-fold log loss without "
+            f'training {alone.loss:.4f} on {len(x)} rows, where the class prior has {loss(prior):.4f}')
+    if offset is not None: line += f'; with the baseline {probe.loss:.4f}, the baseline alone {loss(offset):.4f}'
+    return tensors, line + '. If the reward model was trained on rows of this competition, these losses are too low'
+
+# %% ../../../nbs/4_training/06_probe.ipynb #83092b25
 def start_from_probe(model, data, groups, rows, seed=0, accelerator=None):
     """A line that says how good the probe is that now fills the `pair` head of `model`.
 
     It is fitted on at most `rows` of the training rows of `data` (`FitData`); `groups` (n,) numbers their prompts."""
     from accelerate.utils import broadcast_object_list
+    head, stored = model.head, model.head_source == 'checkpoint'
     # features of the rows that the seed chooses
-    chosen = np.sort(np.random.default_rng(seed).permutation(data.train)[:rows])
+    chosen = np.sort(np.random.default_rng(seed).permutation(data.train)[:min(rows, _FEW) if stored else rows])
     features = pair_features(model, data.source, chosen, accelerator=accelerator)
     # without those that fp16 does not hold
     finite = features.isfinite().all(2).all(1)
@@ -136,17 +190,16 @@ def start_from_probe(model, data, groups, rows, seed=0, accelerator=None):
                         'broken, or their activations too large for the dtype; try dtype=float32 or another model')
     chosen, features = chosen[finite.numpy()], features[finite]
     # the fit, by one process for all: two fits would part in their last digits, and the processes with them
-    head, probes = model.head, [None]
+    fitted = [None]
     if accelerator is None or accelerator.is_main_process:
-        offset = None if data.offset is None else data.offset[chosen]
-        tie = None if head.tie is None else head.tie.detach().double().cpu()
-        probes = [fit_probe(features[:, 0] - features[:, 1], data.y[chosen], offset=offset, tie=tie,
-                            groups=groups[chosen])]
-    if accelerator is not None: broadcast_object_list(probes)
-    probe, = probes
-    # into the head
-    with torch.no_grad():
-        head.score.weight.copy_(probe.weights[None])
-        if probe.tie is not None: head.tie.copy_(probe.tie)
-    return (f'the head starts from a linear probe on {len(chosen)} rows: '
-            f'out-of-fold log loss {probe.loss:.4f}, ridge {probe.ridge:g}')
+        fit = partial(
+            fit_probe,
+            y=data.y[chosen],
+            offset=None if data.offset is None else data.offset[chosen],
+            tie=None if head.tie is None else head.tie.detach().cpu(),
+            groups=groups[chosen])
+        fitted = [(_fit_stored if stored else _fit_fresh)(head, features, fit)]
+    if accelerator is not None: broadcast_object_list(fitted)
+    (tensors, line), = fitted
+    head.load_state_dict(tensors, strict=False)
+    return line

@@ -175,8 +175,8 @@ def work(run, end=math.inf, save_every=900.):
     accelerator.end_training()
 
 def _wants_probe(model, cfg):
-    "Does the head start from a linear probe? A head that came with the model does not."
-    return cfg.probe_rows > 0 and HEADS[model.cfg.head].probe and model.head_source == 'seeded'
+    "Does the head start from a linear probe?"
+    return cfg.probe_rows > 0 and HEADS[model.cfg.head].probe
 
 def _outlook(training, speed, clock):
     "How long the rest of the run will take, and whether this session has the time: a line."
