@@ -7,6 +7,7 @@ __all__ = ['TrainConfig']
 
 # %% ../../../nbs/4_training/00_settings.ipynb #52361530
 from dataclasses import dataclass
+from typing import Literal
 
 from ..core import Settings, UserError, nearest
 
@@ -35,7 +36,7 @@ class TrainConfig(Settings):
     start: str = 'floors'        # 'floors': the best baseline's log-probabilities are added to the logits; 'none'
     probe_rows: int = 2000       # training rows for the linear probe that a fresh pair head starts from; 0: none
     n_folds: int = 5             # prompt-grouped folds
-    fold: int = 0                # the fold held out; -1 trains on every row
+    fold: int | Literal['all'] = 0   # the fold held out; -1 trains on every row; 'all': each in turn, a model for each
     evaluations: int = 2         # evaluations on the held-out fold, evenly spaced, the last one at the end
     eval_rows: int = 2000        # held-out rows, at most, of evaluations before the last one; 0: all, as at the end
     log_every: int = 1           # steps between lines of metrics.jsonl
@@ -67,5 +68,5 @@ class TrainConfig(Settings):
             raise UserError(f'share={self.share}: a share of the training rows, above 0 up to 1')
         if self.n_folds < 2:
             raise UserError(f'n_folds={self.n_folds}: at least 2, so that rows can be held out')
-        if not -1 <= self.fold < self.n_folds:
-            raise UserError(f'fold={self.fold}: -1 (train on all rows) or 0 to {self.n_folds - 1}')
+        if self.fold != 'all' and not -1 <= self.fold < self.n_folds:
+            raise UserError(f"fold={self.fold}: 0 to {self.n_folds - 1}, 'all' (in turn) or -1 (train on all rows)")
