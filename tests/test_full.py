@@ -31,7 +31,8 @@ from underdog.training.loop import fit, rehearse
 from underdog.training.objective import row_losses, smooth
 from underdog.training.prepare import differences
 from underdog.training.run import train
-from underdog.training.settings import USUAL_LR, TrainConfig
+from underdog.training.rates import usual_lr
+from underdog.training.settings import TrainConfig
 from underdog.training.step import FitData, Training
 
 FAMILIES = ('deberta', 'bert', 'llama', 'gemma2')
@@ -101,10 +102,10 @@ def test_layer_decay_gives_the_rates_promised(world, family, layers):
 
 
 def test_the_usual_rate_is_a_tenth_of_loras(world):
-    assert 10*USUAL_LR['full'] == pytest.approx(USUAL_LR['lora'])
+    assert 10*usual_lr('full') == pytest.approx(usual_lr())
     training = beginner(world, lr=0.)()
-    assert training.cfg.lr == USUAL_LR['full']
-    assert {g['peak'] for g in training.optimizer.param_groups if g['what'] == 'adapter'} == {USUAL_LR['full']}
+    assert training.cfg.lr == usual_lr('full')
+    assert {g['peak'] for g in training.optimizer.param_groups if g['what'] == 'adapter'} == {usual_lr('full')}
 
 
 # ---- smoothing
@@ -305,7 +306,7 @@ def test_from_train_csv_to_submission_and_export(world, tmp_path):
     model = ModelConfig(str(world/'deberta'), tuning='full', quantization='none')
     cfg = TrainConfig(n_folds=3, batch_rows=8, smoothing=.05, layer_decay=.9)
     run = train(world/'train.csv', model, tmp_path/'run', PromptConfig(max_length=128, min_keep=4), cfg=cfg)
-    assert run.status['state'] == 'finished' and run.config['train']['lr'] == USUAL_LR['full']
+    assert run.status['state'] == 'finished' and run.config['train']['lr'] == usual_lr('full')
     assert 'every weight trained' in _about(run)
     sizes = sum(p.numel() for p in load_model(model).parameters())
     assert f'{sizes:,} of {sizes:,} parameters are trained' in run.log_file.read_text()

@@ -199,13 +199,20 @@ def versions():
 _TRUTHS = {'true': True, '1': True, 'false': False, '0': False}
 
 def convert(value, kind, name):
-    "`value` as `kind` (int, float, bool, str, or one of them | None); text counts as a number where one is wanted."
+    """`value` as `kind`: int, float, bool, str, one of them | None, or | Literal words that may stand for it.
+
+    Text counts as a number where one is wanted."""
+    words = []
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        if value is None or value in ('', 'None', 'null'): return None
-        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+        kinds = typing.get_args(kind)
+        words = [word for k in kinds if typing.get_origin(k) is typing.Literal for word in typing.get_args(k)]
+        if value in words: return value
+        if type(None) in kinds and (value is None or value in ('', 'None', 'null')): return None
+        kind = next(k for k in kinds if k is not type(None))
     try: return _converted(value, kind)
     except (ValueError, TypeError, KeyError, OverflowError):
-        raise UserError(f'{name}={value!r}: {kind.__name__} wanted, got {type(value).__name__}') from None
+        wanted = ' or '.join([kind.__name__, *map(repr, words)])
+        raise UserError(f'{name}={value!r}: {wanted} wanted, got {type(value).__name__}') from None
 
 def _converted(value, kind):
     if kind is bool: return value if isinstance(value, bool) else _TRUTHS[str(value).lower()]

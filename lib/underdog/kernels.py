@@ -9,7 +9,7 @@ __all__ = ['find_kernel', 'kernel_folder', 'kernel_parameters', 'check_parameter
 # %% ../../nbs/05_kernels.ipynb #4431cd90
 import ast, json, sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from .core import UserError, convert, first_line, nearest, regular
 from .machine import library_root
@@ -88,12 +88,14 @@ def check_parameters(path, given):
     "`given` with each value as the type of the kernel's default; an unknown name or a wrong type raises `UserError`."
     return _checked(kernel_parameters(path), given, path)
 
+_KINDS = dict(fold=int | Literal['all'])   # of parameters whose default does not tell all that they may be
+
 def _checked(known, given, path):
     checked = {}
     for name, value in given.items():
         if name not in known: raise UserError(f'{Path(path).name} has no parameter {name!r}: {nearest(name, known)}')
         default = known[name].default
-        if default is not None: checked[name] = convert(value, type(default), name)
+        if default is not None: checked[name] = convert(value, _KINDS.get(name, type(default)), name)
         # a default of None does not tell the type; text stands for a number
         elif isinstance(value, str): checked[name] = convert(value, float | None, name)
         else: checked[name] = value

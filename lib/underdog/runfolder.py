@@ -90,7 +90,8 @@ class RunFolder:
         return run
 
     def clear(self):
-        "Remove what an earlier run left here; other files stay."
+        "Remove what an earlier run left here, with the runs of its folds; other files stay."
+        for fold in self.folds: shutil.rmtree(fold.path, ignore_errors=True)
         # config.json first: without it there is no run
         for old in (self.config_file, self.metrics_file, self.oof_file, self.status_file): old.unlink(missing_ok=True)
         for old in (self.adapter, self.checkpoint): shutil.rmtree(old, ignore_errors=True)
@@ -112,8 +113,38 @@ class RunFolder:
 
     @property
     def trained(self):
-        "True once the training has come to its end: the adapter is there."
-        return self.adapter.exists()
+        "True once the training has come to its end: the adapter is there, or those of all folds are."
+        folds = self.folds
+        if not folds: return self.adapter.exists()
+        return len(folds) == self.config['train']['n_folds'] and all(fold.trained for fold in folds)
+
+    def fold(self, k):
+        "Where the run of fold `k` is, of a run with fold='all'."
+        return RunFolder(self.path/f'fold-{k}')
+
+    @property
+    def folds(self):
+        "The runs of the folds that have begun, where this is a run with fold='all'; else []."
+        train = self.config.get('train', {}) if self.exists else {}
+        if train.get('fold') != 'all': return []
+        return [fold for k in range(train['n_folds']) if (fold := self.fold(k)).exists]
+
+    @property
+    def models(self):
+        "The runs that hold a model: itself, or its folds; `UserError` where some of these are not trained yet."
+        folds = self.folds
+        if folds and not self.trained:
+            done = sum(fold.trained for fold in folds)
+            raise UserError(f"{self.path}: {done} of {self.config['train']['n_folds']} folds are trained; finish the "
+                            f'training, or give a fold, such as {self.fold(0).path}')
+        return folds or [self]
+
+    @property
+    def name(self):
+        "What to call its model: the name of the folder; of a fold that of the run which it is part of."
+        above = RunFolder(self.path.parent)
+        is_fold = self.path.name.startswith('fold-') and self.path in [fold.path for fold in above.folds]
+        return above.path.name if is_fold else self.path.name
 
     @property
     def config(self):

@@ -20,6 +20,7 @@ MODEL = argument(str, 'model folder, config.json, or a name, such as gemma-2-9b,
 ACCELERATOR = option(str, '2xT4, T4, P100, L4, 4xL4, A10G, RTX3090, RTX4090, A6000, A100-40, A100-80, 2xA100-80, A800, '
                           'H100, TPUv5e-8')
 ROWS_OF = argument(Path | None, "train.csv; left out: the lengths of LMSYS' train.csv")
+FOLDS = option(int, 'as many models, trained one after another (fold=all); 1: a single one', min=1)
 HOURS = option(float, 'that there are for the training', '--hours')
 CALIBRATED = option(Path | None, 'probe.json of `underdog probe`: plan for that machine, as it was measured')
 CALIBRATE = option(bool, 'time a few real steps on this machine instead; wants a model folder and a csv', '--calibrate')
@@ -37,10 +38,11 @@ def plan(
     rank: option(int, 'of LoRA') = 16,
     quantization: option(str, 'nf4, int8, none') = 'nf4',
     epochs: option(float, 'passes over the rows') = 1.,
+    folds: FOLDS = 1,
     rows: option(int, 'of the training; 0: all of the file', min=0) = 0,
     test_rows: option(int, 'of the scored run', min=1, max=10**9) = 25000,
     efficiency: EFFICIENCY = .55,
-    accelerators: option(Path | None, 'your own table of accelerators') = None,
+    accelerators: option(Path | None, 'a table of your own') = None,
     calibrated: CALIBRATED = None,
     calibrate: CALIBRATE = False,
     json_: option(bool, 'one line of JSON instead of the table', '--json') = False,
@@ -55,7 +57,7 @@ def plan(
     from underdog.search.recipe import Recipe
     from underdog.search.shapes import accelerator, model_shape
     sizes = dict(max_length=max_length, rank=rank, epochs=epochs)
-    recipe = Recipe(head=head, tuning=tuning, quantization=quantization, **sizes)
+    recipe = Recipe(head=head, tuning=tuning, quantization=quantization, **sizes).over(folds)
     if calibrate: return _print_calibration(_calibrated(model, file, recipe), json_)
     card, measured = accelerator(on, accelerators), []
     if calibrated: card, efficiency, measured = _measured(calibrated, efficiency)
@@ -63,7 +65,7 @@ def plan(
     if model.endswith(('.csv', '.parquet')) and not file: model, file = '', Path(model)
     if not model: return _rank(card, budget_hours, recipe, _lengths(file, '')[:rows or None], efficiency, json_)
     shape = model_shape(model)
-    # the arithmetic, and its lines
+    # the arithmetic
     lengths = _lengths(file, model)[:rows or None]
     lines = make_plan(shape, card, recipe, lengths, test_rows=test_rows, efficiency=efficiency) + measured
     if json_:
@@ -83,6 +85,7 @@ def _relay(model, changes, recipe):
     for name in ('head', 'max_length', 'tuning', 'rank', 'quantization', 'epochs'):
         value = changes.get(name, getattr(recipe, name))
         if value != getattr(usual, name): settings[name] = value
+    if recipe.models > 1: settings |= dict(fold='all', n_folds=recipe.models)
     if 'lora_layers' in changes: settings['lora_layers'] = f"-{changes['lora_layers']}:"
     path = _ON_KAGGLE.get(model, 'models/OWNER/MODEL/transformers/VARIATION/VERSION')
     chosen = ''.join(f' -p {name}={value}' for name, value in settings.items())

@@ -6,6 +6,8 @@
 __all__ = ['run_checks', 'kernel_checks']
 
 # %% ../../../nbs/8_console/02_run_doctor.ipynb #918cf2a7
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 
@@ -155,9 +157,19 @@ def _symmetric(p, most, averaged):
 def run_checks(run, cfg=InferConfig(), predict=True):
     "The checks of the run folder `run`; its check rows are predicted where `predict` and everything else is well."
     run = RunFolder.open(run)
+    if run.folds: return _whole_checks(run, cfg, predict)
     checks = guarded('run', lambda: _run_files(run, cfg))
     if not predict or any(c.state == 'fail' for c in checks): return checks
     return checks + guarded('validation loss', lambda: _run_predicts(run, cfg))
+
+def _whole_checks(whole, cfg, predict):
+    "The checks of a run with fold='all': of what its folds say together, and of each; the first one predicts."
+    if not whole.trained: return [_unfinished(whole)]
+    checks = guarded('run', lambda: _worth(whole))
+    for k, fold in enumerate(whole.folds):
+        own = run_checks(fold.path, cfg, predict and k == 0)
+        checks += [replace(check, name=f'{fold.path.name}: {check.name}') for check in own]
+    return checks
 
 # %% ../../../nbs/8_console/02_run_doctor.ipynb #3e2048ed
 def kernel_checks(name, given):

@@ -17,7 +17,7 @@ from ..data.competition import get_competition
 from ..data.csvfile import repair
 from ..data.rows import TEXTS
 from ..text.heads import HEADS
-from ..inference.job import check_run
+from ..inference.job import check_run, check_whole
 from ..inference.settings import InferConfig
 from .run_doctor import both_ways
 
@@ -29,6 +29,7 @@ def try_pair(run, prompt, a, b, cfg=InferConfig()):
     `UserError` where the run is not finished or there is nothing to compare."""
     run = RunFolder.open(run)
     if not run.trained: raise UserError(f'{run.path}: not finished; train it to its end first')
+    check_whole(run)
     if not (a or b): raise UserError('both answers are empty: there is nothing to compare')
     # a terminal's bytes may be no text: cleaned as those of a file
     cells = dict(zip(TEXTS, ([repair(text, Counter())] for text in (prompt, a, b))))

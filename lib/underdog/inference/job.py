@@ -29,8 +29,10 @@ from ..model.folder import backbone_config, base_hash
 
 # %% ../../../nbs/5_inference/01_job.ipynb #63dfcad0
 def check_whole(run):
-    "`UserError` when the run `run` is not finished, or of a version that kept less."
+    "`UserError` when the run `run` is not finished, has no model of its own, or is of a version that kept less."
     config = run.config
+    if run.folds:
+        raise UserError(f'{run.path}: it has a model for each fold; give one of them, such as {run.fold(0).path}')
     missing = [k for k in ('train', 'best_floor', 'versions') if k not in config]
     if missing: raise UserError(f"{run.config_file}: lacks {', '.join(missing)}; train again with this version")
     if not (run.adapter/'model.json').is_file():

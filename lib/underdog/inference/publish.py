@@ -121,8 +121,11 @@ class Publisher:
         write_json(self.out/'summary.json', _summary(self.jobs, self.evidence))
 
     def _folder(self, job):
-        "Where the predictions of `job` go: of several runs each has a folder."
-        if len(self.jobs) == 1: return self.out
+        "Where the predictions of `job` go: of several runs each has a folder; of the folds of one, as there."
+        runs = [job.run for job in self.jobs]
+        if len(runs) == 1: return self.out
+        if len({run.path.parent for run in runs}) == 1 and all(run.name != run.path.name for run in runs):
+            return self.out/job.run.path.name
         return self.out/f'{self.jobs.index(job)}-{job.run.path.name}'
 
 def _summary(jobs, evidence):

@@ -157,10 +157,10 @@ def _predict_here(out, end=math.inf):
 def predict(runs, test_csv, out='predictions', cfg=InferConfig()):
     """Predict `test_csv` with the run folders `runs` (a list, or text with commas); returns the submission's DataFrame.
 
-    A valid submission stands from the first seconds on. In `out`: predictions.parquet of each run (of several runs, in
-    a folder each) and summary.json. Started again after a kill, it goes on. A model that fails leaves its rows as they
-    are; where no row was answered at all it is an error, but not in a scored run. There whatever is damaged is left
-    out, and the class prior stands in for it."""
+    Of a run with fold='all' the models of all folds are averaged. A valid submission stands from the first seconds on.
+    In `out`: predictions.parquet of each run (of several, in a folder each) and summary.json. Started again after a
+    kill, it goes on. A model that fails leaves its rows as they are; where no row was answered at all it is an error,
+    but not in a scored run. There whatever is damaged is left out, and the class prior stands in for it."""
     if isinstance(runs, str): runs = [path.strip() for path in runs.split(',') if path.strip()]
     submission = cfg.submission or ('submission.csv' if on_kaggle() else Path(out)/'submission.csv')
     if not scored_run(): return _predict(runs, test_csv, Path(out), cfg, submission=submission)
@@ -195,14 +195,21 @@ def _predict(runs, test_csv, out, cfg, submission):
         remove_temporaries(out)
     return conclude(out, submission, code, tail)
 
+def _members(run):
+    "The runs with the models of `run`; in a scored run those that are there."
+    return run.folds or [run] if scored_run() else run.models
+
 def _checked_runs(runs):
     """The run folders `runs`, all finished and of one competition; `UserError` where they are not.
 
-    In a scored run those of which this is true; one that is not finished has baselines."""
-    folders = []
+    A run of all folds is their runs. In a scored run those of which this is true; one that is not finished has
+    baselines."""
+    folders, members = [], []
     for path in runs:
+        with excused(path): members += _members(RunFolder.open(path))
+    for run in members:
+        path = run.path
         with excused(path):
-            run = RunFolder.open(path)
             if not scored_run(): check_whole(run)
             names = [r.config['competition'] for r in (run, *folders[:1])]
             if len({get_competition(name).question for name in names}) > 1:

@@ -10,8 +10,8 @@ import re, tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from ..core import UserError, file_hash
-from .account import Refused
+from ..core import UserError, file_hash, read_record
+from .account import Refused, download
 from .ship import ship
 from .watch import output_of_push, pull_output
 
@@ -19,7 +19,8 @@ from .watch import output_of_push, pull_output
 def saved_step(hub, session, out, grace_s=900.):
     """The step of the newest checkpoint of the run `out` in the output of a crashed `session`; 0 where there is none.
 
-    `grace_s`: seconds that Kaggle may take to show that output."""
+    Of a run of all folds, with the steps of those that are trained. `grace_s`: seconds that Kaggle may take to show
+    that output."""
     try: files = output_of_push(hub, session.ref, session.push, grace_s).files
     except Refused as e:
         # a Kaggle that does not answer says nothing of what was saved
@@ -27,9 +28,18 @@ def saved_step(hub, session, out, grace_s=900.):
         return 0
     except UserError: return 0   # it never started, or its output is gone
     if f'{out}/config.json' not in files or f'{out}/status.json' not in files: return 0
-    checkpoints = re.compile(rf'{re.escape(out)}/checkpoint/step-(\d+)\.json')
+    checkpoints = re.compile(rf'{re.escape(out)}/(?:fold-\d+/)?checkpoint/step-(\d+)\.json')
     matches = [match for name in files if (match := checkpoints.fullmatch(name))]
-    return max((int(m[1]) for m in matches if m[0].removesuffix('json') + 'pt' in files), default=0)
+    newest = max((int(m[1]) for m in matches if m[0].removesuffix('json') + 'pt' in files), default=0)
+    return newest + _trained_steps(hub, files, out)
+
+def _trained_steps(hub, files, out):
+    "Steps of the folds of the run `out` that are trained, as it noted them when the last one was; 0 without folds."
+    if f'{out}/fold-0/adapter/model.json' not in files: return 0
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)/'status.json'
+        download(hub, files[f'{out}/status.json'], path, bar=False)
+        return read_record(path, step=int).get('step', 0)
 
 # %% ../../../nbs/7_kaggle/07a_rescue.ipynb #d1e14759
 class Rescued(NamedTuple):

@@ -182,7 +182,9 @@ def update_hours(setup, rows):
     return rows/setup.recipe.batch_rows*(summing + adam)/3600
 
 def train_hours(setup, work, batch_tokens, recomputed):
-    "Hours of a training with its evaluations, of `batch_tokens` at a time with `recomputed` layers computed twice."
+    """Hours of a training with its evaluations, of `batch_tokens` at a time with `recomputed` layers computed twice.
+
+    Of all `recipe.models` together, where it trains several."""
     shape, recipe = setup.shape, setup.recipe
     # steps
     share = recipe.epochs*(1 - recipe.held_out)
@@ -193,4 +195,5 @@ def train_hours(setup, work, batch_tokens, recomputed):
     # evaluations keep nothing for a backward pass, so their batches are twice as large
     seen = recipe.evaluated(work.rows)
     operations = seen*forward_operations(shape, work)
-    return training + hours(setup, operations, seen*work.tokens, 1, batch_tokens=2*batch_tokens)
+    evaluations = hours(setup, operations, seen*work.tokens, 1, batch_tokens=2*batch_tokens)
+    return recipe.models*(training + evaluations)

@@ -165,6 +165,7 @@ def _training_lines(setup, work, fit, budget):
     real = f'operations / ({rate} x {setup.efficiency:g}) + unpacking of nf4, with evaluations'
     steps = ' + steps' if recipe.own else ''   # themselves: gradients summed, weights updated
     if steps: real = f'operations / ({rate} x {setup.efficiency:g}){steps}, with evaluations'
+    if recipe.models > 1: real = f'{recipe.models} folds, one after another: {real}'
     checkpoint = 12*setup.trained_weights
     rows = f'{work.rows:,} rows cut to {recipe.max_length} a sequence, head {recipe.head}'
     sessions, weeks = math.ceil(fit.hours/budget.session_h), fit.hours/budget.week_h
@@ -189,12 +190,14 @@ def _test_work(setup, work, lengths, test_rows):
 
 def _inference_lines(setup, once, fit):
     "How long the scored run takes; `once`: its `Work` in one order."
+    models = setup.recipe.models
     def pass_hours(orders):
         operations = orders*forward_operations(setup.shape, once)
-        return hours(setup, operations, orders*once.tokens, 1, batch_tokens=2*fit.batch_tokens)
+        return models*hours(setup, operations, orders*once.tokens, 1, batch_tokens=2*fit.batch_tokens)
     orders = len(HEADS[setup.recipe.head].orders) if setup.recipe.tta else 1
+    each = f', by {models} models' if models > 1 else ''
     return [
-        Line('inference', pass_hours(1), 'h', f'{once.rows:,} rows, one order'),
+        Line('inference', pass_hours(1), 'h', f'{once.rows:,} rows, one order{each}'),
         Line('inference with TTA', pass_hours(orders), 'h', 'twice for a joint head; a symmetric one needs one pass'),
     ]
 

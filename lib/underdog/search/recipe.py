@@ -6,7 +6,7 @@
 __all__ = ['Recipe']
 
 # %% ../../../nbs/6_search/02_recipe.ipynb #d16dab31
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..core import UserError, nearest
 from ..text.heads import HEADS
@@ -31,6 +31,7 @@ class Recipe:
     orders: int = 1                                # in training: 2 shows a joint head both orders
     tta: bool = InferConfig.tta                    # all orders in inference
     held_out: float = 1/TrainConfig.n_folds        # of the rows
+    models: int = 1                                # trained one after another: with fold='all' as many as folds
     evaluations: int = TrainConfig.evaluations
     eval_rows: int = TrainConfig.eval_rows         # of the evaluations before the last one; 0: all that are held out
     batch_tokens: int = 0                          # of a forward pass; 0: what is fastest
@@ -44,13 +45,14 @@ class Recipe:
         if self.own: ModelConfig('', quantization=self.quantization, tuning=self.tuning)
         if self.tuning == 'full' and self.lora_layers:
             raise UserError(f'lora_layers={self.lora_layers}, tuning=full: set tuning=layers to train some layers')
-        sensible = self.max_length >= 64 and self.rank >= 1 and self.epochs > 0 and 0 <= self.held_out < 1
+        sensible = self.max_length >= 64 and min(self.rank, self.models) >= 1 and self.epochs > 0
+        sensible &= 0 <= self.held_out < 1
         # beyond these no number of a plan means anything
-        most = dict(max_length=10**6, rank=10**5, epochs=10**4)
+        most = dict(max_length=10**6, rank=10**5, epochs=10**4, models=1000)
         large = [f'{name}={getattr(self, name):g}' for name, top in most.items() if getattr(self, name) > top]
         if large: raise UserError(f"{', '.join(large)}: at most {', '.join(f'{k}={v:,}' for k, v in most.items())}")
         if not sensible:
-            raise UserError('max_length at least 64, rank at least 1, epochs above 0, '
+            raise UserError('max_length at least 64, rank and models at least 1, epochs above 0, '
                             'held_out from 0 to below 1 wanted')
 
     @property
@@ -68,7 +70,7 @@ class Recipe:
 
         `layers`: how many the model has, for a slice in `model.lora_layers`. A share of the rows counts as so much less
         of an epoch. The budget of a batch stays open (`batch_tokens` 0): the plan says which one is fastest."""
-        both, holds_out = cfg.orders == 'both', cfg.fold >= 0
+        both, holds_out = cfg.orders == 'both', cfg.fold != -1
         # what has the same name and meaning, and what a plan counts differently
         return cls(
             head=model.head,
@@ -81,8 +83,13 @@ class Recipe:
             batch_rows=cfg.batch_rows,
             orders=len(HEADS[model.head].orders) if both else 1,
             held_out=1/cfg.n_folds if holds_out else 0.,
+            models=cfg.n_folds if cfg.fold == 'all' else 1,
             evaluations=cfg.evaluations,
             eval_rows=cfg.eval_rows)
+
+    def over(self, folds):
+        "The same for `folds` models, each with another fold held out; for 1 the recipe as it is."
+        return self if folds == 1 else replace(self, models=folds, held_out=1/folds)
 
     def evaluated(self, rows):
         "Share of all `rows` (their number) that the evaluations predict together: the last one all that are held out."

@@ -224,9 +224,11 @@ def points_of(folders, by='rows'):
     return points
 
 def find_runs(folders, say=print):
-    "Finished runs among `folders` and below, sorted. A sweep stops or loses some: how many are left out is said."
+    """Finished runs among `folders` and below, sorted; of a run with fold='all' its folds.
+
+    A sweep stops or loses some: how many are left out is said."""
     runs = {config.parent for f in folders for config in Path(f).rglob('config.json')}
-    runs = sorted(run for run in runs if RunFolder(run).status_file.is_file())
+    runs = sorted(run for run in runs if RunFolder(run).status_file.is_file() and not RunFolder(run).folds)
     finished = [run for run in runs if RunFolder(run).status['state'] == 'finished']
     if not finished:
         raise UserError(f"{', '.join(map(str, folders))}: no {'finished run' if runs else 'run folder'} there")

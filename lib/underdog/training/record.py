@@ -18,7 +18,7 @@ from ..model.merge import save_adapter
 from ..model.predict import predict_both
 from .checkpoint import Checkpoints
 from .health import Health, check_finite, check_spread, check_weights
-from .oof import oof_losses, oof_margin
+from .oof import eval_figures, oof_losses, oof_margin
 from .step import Training
 
 # %% ../../../nbs/4_training/08_record.ipynb #c6032d56
@@ -95,9 +95,7 @@ class Recorder:
         `lost`: how many rows the best baseline has answered."""
         losses, margin = oof_losses(oof, self.comp), oof_margin(oof, self.comp)
         self._keep_oof(step, oof)
-        figures = {f'eval_{name}': loss for name, loss in losses.items()}
-        figures |= dict(eval_gain=margin.gain, eval_gain_low=margin.low, eval_gain_high=margin.high)
-        self.run.log(step=step, eval_rows=len(oof), eval_not_finite=lost, eval_loss=losses['tta'], **figures)
+        self.run.log(step=step, eval_rows=len(oof), eval_not_finite=lost, **eval_figures(losses, margin))
         others = ', '.join(f'{name} {loss:.4f}' for name, loss in losses.items() if name != 'tta')
         self.say(f'step {step}: held-out log loss {losses["tta"]:.4f} on {len(oof):,} rows ({others})')
         # how sure that is, at the end; on the way only what asks for a decision

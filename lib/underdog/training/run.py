@@ -6,13 +6,20 @@
 __all__ = ['train']
 
 # %% ../../../nbs/4_training/10_run.ipynb #5e5986ad
+import time
 from contextlib import nullcontext
+from pathlib import Path
+from typing import NamedTuple
 
 from ..core import UserError, remove_temporaries
 from ..machine import resolve_input
 from ..session import SessionConfig, locked
 from ..process import launch, standby
+from ..runfolder import RunFolder
+from ..data.competition import get_competition
 from ..text.prompt import PromptConfig
+from .joined import join_folds, open_whole, prepare_fold, settle
+from .oof import oof_margin
 from .prepare import describe, prepare
 from .settings import TrainConfig
 
@@ -33,20 +40,21 @@ def train(train_csv, model, out='run', prompt=PromptConfig(), cfg=TrainConfig(),
         with locked(out) as lock:
             # write the run folder
             remove_temporaries(out)
+            RunFolder(Path(out)).stop_file.unlink(missing_ok=True)
+            if cfg.fold == 'all': return _train_folds(out, described, session, clock, _Child(worker, lock))
             run = prepare(out, described, session.resume_from, session.restart)
-            if run.trained:
-                _note_finished(run)
-                return run
-            # train in child processes, which inherit the lock: an orphan keeps others out until it ends
-            run.stop_file.unlink(missing_ok=True)
-            run.change_status('running')
-            args = [run.path, clock.end, 60*session.save_minutes]
-            code, tail = launch(worker, args, run.log_file, session, stop_file=run.stop_file, keep=(lock,))
-            return _ended(run, code, tail)
+            if run.trained: _note_finished(run)
+            else: _train_prepared(run, session, clock, _Child(worker, lock), run.stop_file)
+            return run
 
 _LARGE = 20_000_000   # bytes of a file that takes as long to read as a worker to begin
 _WORKER = 'underdog.training.worker'
 _LIBRARIES = (_WORKER, 'accelerate', 'peft', 'datasets', 'pyarrow.parquet')   # the last four it imports late
+
+class _Child(NamedTuple):
+    "Who trains: what `launch` runs, and the lock that it inherits, so that an orphan keeps others out until it ends."
+    worker: object
+    lock: int
 
 def _worker(train_csv, session):
     "A context with what `launch` runs: where the file is large, a worker that begins before it is read."
@@ -54,24 +62,62 @@ def _worker(train_csv, session):
     except (UserError, OSError): large = False   # nothing will be trained
     return standby(_WORKER, _LIBRARIES, session) if large else nullcontext(_WORKER)
 
+def _train_prepared(run, session, clock, child, stop_file):
+    "Train the prepared `run` in child processes, until it is finished, `stop_file` is there or the time is up."
+    run.change_status('running')
+    args = [run.path, clock.end, 60*session.save_minutes, stop_file]
+    code, tail = launch(child.worker, args, run.log_file, session, stop_file=stop_file, keep=(child.lock,))
+    _end(run, code, tail)
+
 def _note_finished(run):
-    "Say that the run is finished; one that was killed in its last moment has its adapter, but not the status."
-    status = run.status
-    if status['state'] != 'finished':
-        run.set_status('finished', status['of'], status['of'], elapsed_s=status['elapsed_s'])
+    settle(run)
     print(f'{run.path}: this run is finished; restart=True trains it again', flush=True)
 
-def _ended(run, code, tail):
-    "The `run` after its workers have ended with exit `code`; their failure is an exception in this process."
+def _end(run, code, tail):
+    "Say what became of the `run`, whose workers have ended with exit `code`; their failure is an exception here."
     status = run.status
     # finished or paused
     if code == 0:
         if status['state'] == 'paused':
             print(f"{status['reason']} after step {status['step']} of {status['of']}: start it again with the same "
                   'settings, or in another session with resume_from', flush=True)
-        return run
+        return
     # a mistake of the user's: the worker has noted its message; for other errors it notes the class and the message
     if status['state'] == 'failed' and 'Error' not in status['reason'].split(':')[0]: raise UserError(status['reason'])
     # anything else
     if status['state'] != 'failed': run.change_status('failed', f'the worker ended with code {code}')
     raise RuntimeError(f'training in {run.path} ended with code {code}; the end of its log:\n{tail}')
+
+# %% ../../../nbs/4_training/10_run.ipynb #6faff07c
+def _train_folds(out, described, session, clock, child):
+    "The run of all folds in `out`, with those that this session had the time for; a failure of one is an exception."
+    whole, start_s = open_whole(out, described, session.resume_from, session.restart), 0.
+    n = described.config['train']['n_folds']
+    for k in range(n):
+        if whole.fold(k).trained: continue
+        # is there a reason to leave it to the next session? machines that work together find one in its first step
+        reason = 'stopped on request' if whole.stop_file.exists() else ''
+        if clock.left < 2*start_s: reason = 'stopped by the time limit'
+        if reason and session.machines == 1:
+            print(f'{reason} before fold {k} of {n}: start it again with the same settings, or in another session '
+                  'with resume_from', flush=True)
+            break
+        # a run like any other
+        print(f'== fold {k}, one of {n} ==', flush=True)
+        began = time.monotonic()
+        run = prepare_fold(whole, k, described, session.resume_from)
+        try:
+            if not run.trained: _train_prepared(run, session, clock, child, whole.stop_file)
+        finally: join_folds(whole)
+        start_s = max(start_s, time.monotonic() - began - run.status['elapsed_s'])
+        child = child._replace(worker=_WORKER)   # what stood by has been used
+        if not run.trained: return whole
+    else: reason = ''
+    join_folds(whole, reason)
+    if whole.trained: _say_joined(whole)
+    return whole
+
+def _say_joined(whole):
+    "Say how good the models are on all rows."
+    oof, comp = whole.oof(), get_competition(whole.config['competition'])
+    print(f'{len(oof):,} rows, each predicted by the model of its fold: the model {oof_margin(oof, comp)}', flush=True)

@@ -65,7 +65,7 @@ def _messages(params):
 class Training:
     "A run between two steps; `state` and `load` are what a checkpoint keeps."
     def __init__(self, model, data, cfg, accelerator, memory=None):
-        self.model, self.data, self.cfg = model, data, cfg.with_lr(model.cfg.tuning)
+        self.model, self.data, self.cfg = model, data, cfg.with_lr(model.cfg)
         self.accelerator, self.world = accelerator, accelerator.num_processes
         # rows and labels, on the device
         on_device = lambda x: torch.tensor(x, dtype=torch.float32, device=accelerator.device)

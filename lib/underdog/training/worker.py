@@ -145,12 +145,14 @@ def _go_on(run, training, checkpoints):
     return True
 
 # %% ../../../nbs/4_training/09_worker.ipynb #38bacbe0
-def work(run, end=math.inf, save_every=900.):
-    "Train the prepared `run` to its end or until the time.monotonic `end`; a checkpoint every `save_every` seconds."
+def work(run, end=math.inf, save_every=900., stop_file=None):
+    """Train the prepared `run` to its end, until the time.monotonic `end`, or until `stop_file` (its own) is there.
+
+    A checkpoint every `save_every` seconds."""
     from accelerate.utils import gather_object
     quiet()
     parent = int(os.environ.get('UNDERDOG_PARENT', 0))
-    session = Session(Clock(end), run.stop_file, save_every, parent).listen()
+    session = Session(Clock(end), stop_file or run.stop_file, save_every, parent).listen()
     config = run.config
     comp, cfg = get_competition(config['competition']), coerce(TrainConfig, config['train'])
     accelerator = accelerator_for(config)
@@ -192,10 +194,10 @@ def _outlook(training, speed, clock):
     return f'{line}; this session has {duration(clock.left)} left{more}'
 
 # %% ../../../nbs/4_training/09_worker.ipynb #b1ea0769
-def _main(path, end, save_every):
+def _main(path, end, save_every, stop_file):
     run = RunFolder(Path(path))
     note = lambda reason: run.change_status('failed', reason)
-    run_worker(work, run, float(end), float(save_every), failed=note)
+    run_worker(work, run, float(end), float(save_every), Path(stop_file), failed=note)
 
 #| eval: false
 if __name__ == '__main__' and '__file__' in globals(): _main(*sys.argv[1:])
