@@ -1,4 +1,4 @@
-# `make` teaches. Everything that is installed goes into .venv; nothing outside this folder is changed, but for pip's and underdog's caches.
+# `make` teaches. Everything that is installed goes into .venv (.venv-docs, .venv-kaggle); nothing outside this folder is changed, but for pip's and underdog's caches.
 PYTHON ?= python3
 PY := .venv/bin/python
 OUT ?= runs/demo
@@ -8,16 +8,17 @@ KAGGLE_TORCH ?= 2.13.0
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test test-kaggle check sync export readme clean
+.PHONY: help setup demo test test-kaggle check sync docs export readme clean
 
 help:
 	@echo 'make demo    set up, then the whole job on an embedded competition: train.csv to submission.csv (about 6 minutes on 2 cores)'
 	@echo '             make demo TRAIN=train.csv TEST=test.csv   the same on real competition rows; OUT=folder says where'
 	@echo 'make test    set up, then every check: sync, imports, notebooks, pytest'
 	@echo 'make test-kaggle   pytest with the versions that Kaggle'"'"'s image holds (lib/underdog/kaggle/image.txt), in .venv-kaggle'
+	@echo 'make docs    the documentation site, in _docs/site: no server and no internet needed to read it'
 	@echo 'make setup   only the set-up: .venv with the pinned versions'
 	@echo 'make export  after editing notebooks: clean them, export lib/, write README.md'
-	@echo 'make clean   remove .venv, .venv-kaggle and runs/'
+	@echo 'make clean   remove .venv, .venv-docs, .venv-kaggle, _docs/ and runs/'
 
 .venv/.stamp: setup.py settings.ini constraints.txt Makefile
 	@echo '== set-up: .venv with the pinned versions =='
@@ -40,13 +41,25 @@ sync: setup
 	@echo '== sync: notebooks, library and README say the same =='
 	$(PY) tests/sync_check.py
 
-check: sync
+check: sync docs
 	@echo '== imports =='
 	OMP_NUM_THREADS=1 $(PY) tests/import_each.py
 	@echo '== ruff: names that are unused or unknown, lines over 120 columns =='
 	@# the width of the library's lines is held by tests/test_house.py, which knows those that nbdev writes
-	.venv/bin/ruff check -q --select E501,F401,F811,F821,F841 --line-length 120 lib tests benchmarks \
+	.venv/bin/ruff check -q --select E501,F401,F811,F821,F841 --line-length 120 lib tests benchmarks docs \
 		--per-file-ignores 'lib/**/*.py:E501'
+
+# the site wants neither torch nor the other packages of .venv
+.venv-docs/.stamp: docs/constraints.txt Makefile
+	@echo '== set-up: .venv-docs with the pinned versions =='
+	rm -rf .venv-docs
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install -q zensical latex2mathml typer rich -c docs/constraints.txt
+	@touch $@
+
+docs: .venv-docs/.stamp
+	@echo '== site: pages, strict build, links =='
+	.venv-docs/bin/python docs/make_site.py
 
 test: check
 	@echo '== notebooks =='
@@ -90,4 +103,4 @@ export: setup
 readme: export
 
 clean:
-	rm -rf .venv .venv-kaggle runs
+	rm -rf .venv .venv-docs .venv-kaggle _docs runs

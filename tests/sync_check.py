@@ -15,7 +15,7 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ('nbs', 'lib', 'README.md')
-NOT_COPIED = ('.venv', '.venv-kaggle', '.git', 'runs', '__pycache__', '.pytest_cache', '*.egg-info')
+NOT_COPIED = ('.venv*', '_docs', '.git', 'runs', '__pycache__', '.pytest_cache', '*.egg-info')
 HEADER = '<!-- made from nbs/index.ipynb by `make export`; edit the notebook -->'
 
 

@@ -1,0 +1,173 @@
+"""Markdown pages of the site from what the repository holds: README, guides, notebooks and other texts.
+
+A notebook becomes a page here, in a few lines, and not by a plugin: nbdev's directives and hidden cells must go, and
+links must lead to pages where there are some, and to files of the repository where not."""
+import base64
+import json
+import os
+import re
+from pathlib import Path, PurePosixPath
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = 'https://github.com/underdog-llm/underdog/blob/main'   # of the repository, for what is no page
+
+# texts of the repository -> pages
+TEXTS = {
+    'README.md': 'index.md',
+    'CONTRIBUTING.md': 'reference/contributing.md',
+    'CHANGELOG.md': 'reference/changelog.md',
+    'benchmarks/README.md': 'reference/benchmarks.md',
+}
+
+
+def repository(root=ROOT):
+    "{path in the repository: path of its page}: texts, guides, and every notebook in the order of reading."
+    pages = dict(TEXTS)
+    for file in sorted((root/'nbs').rglob('*')):
+        path = file.relative_to(root)
+        if path.name == 'index.ipynb' or '.ipynb_checkpoints' in path.parts: continue   # README is made of the index
+        if file.suffix == '.ipynb' or (file.suffix == '.md' and 'guides' in path.parts):
+            pages[path.as_posix()] = _page(path)
+    return pages
+
+
+def _page(path):
+    "The page of a notebook or guide: folders and names without their numbers."
+    *folders, name = [re.sub(r'^\d+[a-z]?_', '', part) for part in path.with_suffix('.md').parts[1:]]
+    if folders in (['guides'], ['kernels']): return f'{folders[0]}/{name}'
+    return '/'.join(['lessons', *(folders or ['ground']), name])
+
+
+# ---- text
+def for_site(text, source, pages, root=ROOT):
+    "Markdown as GitHub reads it -> as Python-Markdown does, with the links of `source` led to pages."
+    lines, fence, before = [], None, ''
+    for line in text.splitlines():
+        mark = re.match(r'(`{3,})', line)
+        if fence:
+            fence = None if line.startswith(fence) and not line.strip('`').strip() else fence
+        elif mark: fence = mark[1]
+        else:
+            # a list wants an empty line before it, and what belongs to an item four spaces
+            item = re.match(r'([*-]|\d+\.) ', line)
+            if item and before.strip() and not re.match(r'([*-]|\d+\.) | {2,}', before): lines.append('')
+            line = re.sub(r'^ {3}(?=\S)', ' '*4, line)
+            line = _led(line, source, pages, root)
+        lines.append(line)
+        before = line
+    return '\n'.join(lines)
+
+
+def _led(line, source, pages, root):
+    "A line with its relative links led to pages, or to files of the repository."
+    def lead(match):
+        target, _, anchor = match[2].partition('#')
+        if re.match(r'\w+:', match[2]) or not target: return match[0]
+        path = os.path.normpath(PurePosixPath(source).parent/target)
+        if not (root/path).exists(): raise SystemExit(f'{source}: links to {target}, which is not there')
+        if path in pages: target = os.path.relpath(pages[path], PurePosixPath(pages[source]).parent)
+        elif path.endswith('.png'): target = os.path.relpath(f'images/{Path(path).name}', Path(pages[source]).parent)
+        else: target = f'{FILES}/{path}'
+        return f"{match[1]}({target}{'#' + anchor if anchor else ''})"
+    # what stands in backticks is no link
+    parts = re.split(r'(`[^`]*`)', line)
+    parts[::2] = [re.sub(r'(\])\(([^)\s]+)\)', lead, part) for part in parts[::2]]
+    return ''.join(parts)
+
+
+def fenced(text, language=''):
+    "`text` in a fence that is longer than any in it."
+    longest = max(map(len, re.findall(r'`{3,}', text)), default=2)
+    fence = '`'*(longest + 1)
+    return f'{fence}{language}\n{text.rstrip()}\n{fence}'
+
+
+# ---- notebooks
+def title_of(path):
+    "(title, summary) of a notebook: the first line of its first cell, and the paragraph below."
+    title, _, rest = ''.join(json.loads(path.read_text())['cells'][0]['source']).partition('\n')
+    return title.removeprefix('# '), rest.strip().split('\n\n')[0].removeprefix('> ')
+
+
+def notebook(path, pages, root=ROOT, formula=None):
+    """(markdown, {name: bytes of a picture}) of the notebook at `path` in the repository.
+
+    `formula`: makes MathML of LaTeX, which browsers show without a script; None leaves formulas as they are."""
+    blocks, pictures = [], {}
+    for cell in json.loads((root/path).read_text())['cells']:
+        source = ''.join(cell['source'])
+        if cell['cell_type'] == 'markdown':
+            source = for_site(source, path, pages, root)
+            blocks.append(_with_formulas(source, formula) if formula else source)
+            continue
+        # directives are for nbdev; what is hidden is plumbing
+        directives, code = re.findall(r'^#\| *(\S+)', source, re.M), re.sub(r'^#\|.*\n?', '', source, flags=re.M)
+        if 'default_exp' in directives: blocks.append(_module_line(source.split()[-1], pages[path]))
+        if {'hide', 'default_exp'} & set(directives): continue
+        code = re.sub(r'^%%?\w+.*\n', '', code, flags=re.M).strip('\n')
+        if code: blocks.append(fenced(code, 'python'))
+        for output in cell.get('outputs', []): blocks += _output(output, pictures, Path(pages[path]).stem)
+    return '\n\n'.join(blocks) + '\n', pictures
+
+
+def _module_line(module, page):
+    "The line that leads from a lesson to the names of its module."
+    room = module.partition('.')[0] if '.' in module else 'ground'
+    there = os.path.relpath(f'reference/api/{room}.md', Path(page).parent)
+    return f"Module [`underdog.{module}`]({there}#underdog{module.replace('.', '')})"
+
+
+def _with_formulas(text, formula):
+    "Markdown with the formulas outside of its code as MathML."
+    parts = re.split(r'(```.*?```|`[^`\n]*`)', text, flags=re.S)
+    for i in range(0, len(parts), 2):
+        block = re.sub(r'\$\$(.+?)\$\$', lambda m: formula(m[1], display='block'), parts[i], flags=re.S)
+        parts[i] = re.sub(r'\$([^$]+)\$', lambda m: formula(m[1]), block)
+    return ''.join(parts)
+
+
+def _output(output, pictures, name):
+    "Markdown blocks of an output; a picture is put into `pictures` under a `name`."
+    data = output.get('data', {})
+    if 'image/png' in data:
+        file = f'{name}_{len(pictures)}.png'
+        pictures[file] = base64.b64decode(data['image/png'])
+        return [f'![Output of the cell above]({file})']
+    if 'text/html' in data:
+        # a table of pandas, without its own style, in one block that Markdown leaves alone
+        html = re.sub(r'<style.*?</style>', '', ''.join(data['text/html']), flags=re.S)
+        html = '\n'.join(line.strip() for line in html.splitlines() if line.strip())
+        return [f'<div class="output">\n{html}\n</div>']
+    text = ''.join(data.get('text/plain', output.get('text', '')))
+    return [fenced(re.sub(r'\x1b\[[\d;]*m', '', text), 'text')] if text.strip() else []
+
+
+# ---- lists of lessons
+def rooms(root=ROOT):
+    "{folder of lessons: what the room is for}, as README tells it."
+    table = re.findall(r'^\| (the ground|`\w+`) \| ([^|]+) \|', (root/'README.md').read_text(), re.M)
+    about = {name.strip('`').removeprefix('the '): what for name, what in table}
+    return about | dict(stories='experiments behind a default, with their outputs')
+
+
+def lessons(pages, root=ROOT):
+    "{room: [(page, title, summary)]} in the order of reading."
+    listed = {room: [] for room in rooms(root)}
+    for path, page in pages.items():
+        if page.startswith('lessons/'): listed[page.split('/')[1]].append((page, *title_of(root/path)))
+    return listed
+
+
+def lessons_page(pages, root=ROOT):
+    "The page that lists all lessons."
+    blocks = ['# Lessons', 'The library is written in notebooks, one idea each: why, the code, an example, a proof. '
+              'They can be read in this order; every page shows the code that is exported and what it printed.']
+    about = rooms(root)
+    for room, listed in lessons(pages, root).items():
+        rows = [f'| [{title}]({page.removeprefix("lessons/")}) | {_cell(summary)} |' for page, title, summary in listed]
+        what = about[room][0].upper() + about[room][1:]
+        blocks += [f'## {room.capitalize()}', f'{what}.', '\n'.join(['| lesson | what it shows |', '|---|---|', *rows])]
+    return '\n\n'.join(blocks) + '\n'
+
+
+def _cell(text): return ' '.join(text.split()).replace('|', '\\|')
