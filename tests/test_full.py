@@ -346,6 +346,27 @@ def test_a_plan_counts_16_bytes_and_a_copy():
     assert layers['floor'].value < plan['floor'].value
 
 
+@pytest.mark.parametrize('family', ['llama', 'deberta'])
+@pytest.mark.parametrize('dtype, size', [('float32', 4), ('bfloat16', 2)])
+def test_bytes_kept_are_those_that_are_counted(tmp_path, family, dtype, size):
+    import datasets
+    from fixtures import make_backbone
+    from test_packing import prompter
+    from underdog.model.memory import saved_bytes
+    from underdog.search.cost import kept_bytes
+    from underdog.search.shapes import model_shape
+    sizes = dict(vocab_size=256, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
+                 max_position_embeddings=512)
+    make_backbone(tmp_path, family, **sizes | (dict(position_buckets=256) if family == 'deberta' else {}))
+    row = {k: list(range(4, 4 + n)) for k, n in dict(prompt=30, a=60, b=60).items()}
+    model = load_model(full(tmp_path, dtype=dtype))
+    source = RowSource(datasets.Dataset.from_list([row]*3), prompter('pair'), model.packing)
+    # what two more rows add, as the copies of the weights are there whatever the batch
+    one, three = (source.batch([(i, False) for i in range(n)]) for n in (1, 3))
+    counted = (saved_bytes(model, three)[1] - saved_bytes(model, one)[1])/(three.tokens - one.tokens)
+    assert kept_bytes(model_shape(tmp_path), 8, 94, size, own=True)/counted == pytest.approx(1, abs=.1)
+
+
 def test_the_backward_pass_of_own_weights_is_two_passes():
     "One for what enters a layer, one for its weights; a run on one card sums no gradients."
     from underdog.search.cost import Setup, train_operations, update_hours, work_of
