@@ -71,7 +71,7 @@ def test_every_weight_moves_but_the_frozen_ones(world, family, model, frozen):
     for _ in range(2): training.step()
     moved = {name for name, p in backbone_of(training).items() if not torch.equal(p, before[name])}
     assert moved == {name for name in before if not frozen(name)}
-    assert moved | {'head.score.weight', 'head.tie'} >= {n.removeprefix('backbone.') for n in training.trained()}
+    assert moved | {'head.score.weight', 'head.tie_score.weight', 'head.tie'} >= {n.removeprefix('backbone.') for n in training.trained()}
 
 
 def test_words_that_no_row_has_keep_their_values(world):
@@ -160,7 +160,7 @@ def test_a_rehearsal_leaves_no_trace(world):
 def test_a_run_of_an_earlier_build_is_still_the_same_run():
     "Settings that it did not know have had their defaults."
     from dataclasses import asdict
-    new = dict(train=asdict(TrainConfig().with_lr('lora')), model=asdict(ModelConfig('base')))
+    new = dict(train=asdict(TrainConfig().with_lr(ModelConfig('base'))), model=asdict(ModelConfig('base')))
     old = copy.deepcopy(new)
     for part, names in dict(train=('layer_decay', 'smoothing'), model=('tuning',)).items():
         for name in names: del old[part][name]
@@ -345,6 +345,27 @@ def test_a_plan_counts_16_bytes_and_a_copy():
     for what in ('gradients', 'optimizer', 'checkpoint', 'memory', 'training'):
         assert layers[what].value < plan[what].value or layers['memory'].value > 14 and what == 'memory'
     assert layers['floor'].value < plan['floor'].value
+
+
+@pytest.mark.parametrize('family', ['llama', 'deberta'])
+@pytest.mark.parametrize('dtype, size', [('float32', 4), ('bfloat16', 2)])
+def test_bytes_kept_are_those_that_are_counted(tmp_path, family, dtype, size):
+    import datasets
+    from fixtures import make_backbone
+    from test_packing import prompter
+    from underdog.model.memory import saved_bytes
+    from underdog.search.cost import kept_bytes
+    from underdog.search.shapes import model_shape
+    sizes = dict(vocab_size=256, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
+                 max_position_embeddings=512)
+    make_backbone(tmp_path, family, **sizes | (dict(position_buckets=256) if family == 'deberta' else {}))
+    row = {k: list(range(4, 4 + n)) for k, n in dict(prompt=30, a=60, b=60).items()}
+    model = load_model(full(tmp_path, dtype=dtype))
+    source = RowSource(datasets.Dataset.from_list([row]*3), prompter('pair'), model.packing)
+    # what two more rows add, as the copies of the weights are there whatever the batch
+    one, three = (source.batch([(i, False) for i in range(n)]) for n in (1, 3))
+    counted = (saved_bytes(model, three)[1] - saved_bytes(model, one)[1])/(three.tokens - one.tokens)
+    assert kept_bytes(model_shape(tmp_path), 8, 94, size, own=True)/counted == pytest.approx(1, abs=.1)
 
 
 def test_the_backward_pass_of_own_weights_is_two_passes():

@@ -21,6 +21,8 @@ ACCELERATOR = option(str, '2xT4, T4, P100, L4, 4xL4, A10G, RTX3090, RTX4090, A60
                           'H100, TPUv5e-8')
 ROWS_OF = argument(Path | None, "train.csv; left out: the lengths of LMSYS' train.csv")
 FOLDS = option(int, 'as many models, trained one after another (fold=all); 1: a single one', min=1)
+TABLE = option(Path | None, 'your own table of accelerators')
+TUNING = option(str, 'lora; full: every weight of a small model; layers: all but its embedding')
 HOURS = option(float, 'that there are for the training', '--hours')
 CALIBRATED = option(Path | None, 'probe.json of `underdog probe`: plan for that machine, as it was measured')
 CALIBRATE = option(bool, 'time a few real steps on this machine instead; wants a model folder and a csv', '--calibrate')
@@ -34,7 +36,7 @@ def plan(
     budget_hours: HOURS = 30.,
     head: option(str, 'pair, joint, symmetric') = 'pair',
     max_length: option(int, 'tokens of one sequence') = 1024,
-    tuning: option(str, 'lora; full: every weight; layers: all but the embedding') = 'lora',
+    tuning: TUNING = 'lora',
     rank: option(int, 'of LoRA') = 16,
     quantization: option(str, 'nf4, int8, none') = 'nf4',
     epochs: option(float, 'passes over the rows') = 1.,
@@ -42,7 +44,7 @@ def plan(
     rows: option(int, 'of the training; 0: all of the file', min=0) = 0,
     test_rows: option(int, 'of the scored run', min=1, max=10**9) = 25000,
     efficiency: EFFICIENCY = .55,
-    accelerators: option(Path | None, 'a table of your own') = None,
+    accelerators: TABLE = None,
     calibrated: CALIBRATED = None,
     calibrate: CALIBRATE = False,
     json_: option(bool, 'one line of JSON instead of the table', '--json') = False,
@@ -51,13 +53,13 @@ def plan(
     each with its formula.
 
     What does not fit says what would make it fit. Without a model all that have a name are ranked. Nothing is loaded or
-    run, unless with --calibrate: then a few steps of the real training are."""
+    run, but with --calibrate a few steps of the real training."""
     from dataclasses import asdict
     from underdog.search.estimate import make_plan
     from underdog.search.recipe import Recipe
     from underdog.search.shapes import accelerator, model_shape
-    sizes = dict(max_length=max_length, rank=rank, epochs=epochs)
-    recipe = Recipe(head=head, tuning=tuning, quantization=quantization, **sizes).over(folds)
+    what = dict(tuning=tuning, rank=rank, quantization=quantization)
+    recipe = Recipe(head=head, max_length=max_length, epochs=epochs, **what).over(folds)
     if calibrate: return _print_calibration(_calibrated(model, file, recipe), json_)
     card, measured = accelerator(on, accelerators), []
     if calibrated: card, efficiency, measured = _measured(calibrated, efficiency)

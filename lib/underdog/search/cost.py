@@ -116,22 +116,30 @@ def weight_bytes(shape, recipe, card, size=2):
     here = recipe.tuning == 'full' or embedding <= card/16
     return shape.linear*_WEIGHT_BYTES.get(recipe.quantization, size), embedding if here else 0.
 
+def _own_kept(shape, half):
+    "Bytes that a layer keeps for each token beside those of a frozen one, where its own weights are trained."
+    # the states between layers are in 32 bits, and norms keep what their weights are multiplied with
+    if shape.disentangled: return shape.hidden*(10 if half else 4)
+    if not shape.gated: return shape.hidden*(26 if half else 16)
+    return shape.hidden*(4*shape.norms + (6 if half else 0))
+
 def kept_bytes(shape, rank, longest, size=2, own=False):
     """Bytes that a trained layer keeps for each token, where the longest sequence has `longest` tokens.
 
     `own`: its own weights are trained, not LoRA's.
     The factors were counted with `saved_bytes` on small models, in 16 (`size` 2) and 32 bits (4)."""
     q, kv, half = shape.heads*shape.head_dim, shape.kv_heads*shape.head_dim, size == 2
-    low_rank = len(shape.matrices)*rank*size
+    # beside the frozen layer: what LoRA keeps, or what the weights of norms do
+    beside = _own_kept(shape, half) if own else len(shape.matrices)*rank*size
     if shape.disentangled:
         # this attention is not fused: it keeps every score three times in 32 bits, and those of 512 distances
         scores = shape.heads*(12.*longest + 2*size*512)
         queries = (16 if half else 20)*q
-        return scores + queries + size*(7*shape.hidden + 2*shape.intermediate) + low_rank
+        return scores + queries + size*(7*shape.hidden + 2*shape.intermediate) + beside
     attention = 5.37*q + .7*kv if shape.heads > shape.kv_heads else 6.54*q
     mlp = (4 if shape.gated else 2)*shape.intermediate
     norms = shape.hidden*((12 if half else 16) + 4*(shape.norms - 2)) + (4*(q + kv) if shape.normed else 0)
-    return size*(attention + mlp) + norms + low_rank
+    return size*(attention + mlp) + norms + beside
 
 def memory(setup, batch_tokens, recomputed, longest, size=2):
     "{part: bytes} on one card while it trains, `recomputed` layers computed twice; `longest`: tokens of a sequence."
