@@ -1,4 +1,4 @@
-"""The documentation site: `python docs/make_site.py` writes pages, configuration and site to _docs/ and checks its links.
+"""The documentation site: `python docs/make_site.py` writes pages, configuration and site to _docs/, checks its links.
 
 `make docs` sets up .venv-docs and runs this. The site is plain files: `_docs/site/index.html` opens in a browser
 without a server, and asks no other machine for anything."""
@@ -12,6 +12,8 @@ from pages import ROOT, TEXTS, for_site, lessons, lessons_page, notebook, reposi
 
 OUT = ROOT/'_docs'
 GUIDES = ('kaggle', 'two_t4s', 'own_competition', 'report', 'troubleshooting', 'how_it_works', 'glossary')
+SHOWN = '*What cells show on this page is of `make demo`: generated rows, twelve layers of SmolLM2, two CPU cores.*\n'
+KERNELS = ('train', 'infer', 'blend', 'sweep', 'probe', 'wheels')
 LOOKED_UP = {'Commands': 'commands', 'Settings': 'settings', 'Benchmarks': 'benchmarks',
              'Contributing': 'contributing', 'Changelog': 'changelog'}
 
@@ -33,11 +35,15 @@ def main():
 def write_pages(out):
     "Write every page below the folder `out`, which is made anew; how many there are."
     from latex2mathml.converter import convert
+    from reference import parameters_table
     shutil.rmtree(out, ignore_errors=True)
-    pages, texts = repository(), {}
+    pages, texts, results = repository(), {}, json.loads((ROOT/'docs'/'outputs.json').read_text())
     for path, page in pages.items():
         if path.endswith('.ipynb'):
-            texts[page], pictures = notebook(path, pages, formula=convert)
+            shown = results.get(Path(path).stem, {}) if page.startswith('kernels/') else {}
+            texts[page], pictures = notebook(path, pages, formula=convert, results=shown)
+            if shown: texts[page] = texts[page].replace('\n```', f'\n{SHOWN}\n```', 1)
+            if page.startswith('kernels/'): texts[page] += parameters_table(ROOT/path)
             for name, picture in pictures.items(): _write(out/Path(page).parent/name, picture)
         else: texts[page] = for_site((ROOT/path).read_text(), path, pages) + '\n'
     for picture in (ROOT/'nbs'/'images').glob('*.png'): _write(out/'images'/picture.name, picture.read_bytes())
@@ -69,7 +75,7 @@ def navigation():
     "The navigation: a list of {title: page or list}."
     pages = repository()
     named = lambda path: title_of(ROOT/path)[0]
-    kernels = [{named(path): page} for path, page in pages.items() if page.startswith('kernels/')]
+    kernels = [{named(f'nbs/kernels/{name}.ipynb'): f'kernels/{name}.md'} for name in KERNELS]
     by_room = [{room.capitalize(): [{title: page} for page, title, _ in listed]}
                for room, listed in lessons(pages).items()]
     api = [{room.capitalize(): f'reference/api/{room}.md'} for room in rooms() if room != 'stories']

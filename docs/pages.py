@@ -3,6 +3,7 @@
 A notebook becomes a page here, in a few lines, and not by a plugin: nbdev's directives and hidden cells must go, and
 links must lead to pages where there are some, and to files of the repository where not."""
 import base64
+import hashlib
 import json
 import os
 import re
@@ -89,10 +90,11 @@ def title_of(path):
     return title.removeprefix('# '), rest.strip().split('\n\n')[0].removeprefix('> ')
 
 
-def notebook(path, pages, root=ROOT, formula=None):
+def notebook(path, pages, root=ROOT, formula=None, results=None):
     """(markdown, {name: bytes of a picture}) of the notebook at `path` in the repository.
 
-    `formula`: makes MathML of LaTeX, which browsers show without a script; None leaves formulas as they are."""
+    `formula`: makes MathML of LaTeX, which browsers show without a script; None leaves formulas as they are.
+    `results`: {key: outputs} of cells that are kept without."""
     blocks, pictures = [], {}
     for cell in json.loads((root/path).read_text())['cells']:
         source = ''.join(cell['source'])
@@ -106,8 +108,14 @@ def notebook(path, pages, root=ROOT, formula=None):
         if {'hide', 'default_exp'} & set(directives): continue
         code = re.sub(r'^%%?\w+.*\n', '', code, flags=re.M).strip('\n')
         if code: blocks.append(fenced(code, 'python'))
-        for output in cell.get('outputs', []): blocks += _output(output, pictures, Path(pages[path]).stem)
+        outputs = cell.get('outputs') or (results or {}).get(code_key(cell), [])
+        for output in outputs: blocks += _output(output, pictures, Path(pages[path]).stem)
     return '\n\n'.join(blocks) + '\n', pictures
+
+
+def code_key(cell):
+    "What a code cell is known by."
+    return hashlib.sha256(''.join(cell['source']).encode()).hexdigest()[:16]
 
 
 def _module_line(module, page):

@@ -20,7 +20,7 @@ def commands_page():
     for title, commands in sections.items():
         blocks.append(f'## {title}')
         for name, command in commands:
-            context = typer.Context(command, info_name=f'underdog {name}', terminal_width=88)
+            context = typer.Context(command, info_name=f'underdog {name}', terminal_width=84)
             blocks += [f'### {name}', fenced(command.get_help(context), 'text')]
     return '\n\n'.join(blocks) + '\n'
 
@@ -51,10 +51,21 @@ def _settings_table(node, lines):
     return '\n'.join(['| setting | default | meaning |', '|---|---|---|', *rows])
 
 
+def parameters_table(kernel):
+    "What follows the page of the notebook `kernel`: its parameters, as `underdog run KERNEL --list` prints them."
+    from underdog.kernels import kernel_parameters
+    rows = [f'| `{name}` | `{default!r}` | {_cell(meaning)} |'
+            for name, (default, meaning) in kernel_parameters(kernel).items()]
+    return '\n'.join(['\n## All parameters\n', '| parameter | default | meaning |', '|---|---|---|', *rows, ''])
+
+
+def _cell(text): return text.replace('|', '\\|').replace('<', '&lt;')
+
+
 def _meaning(node, lines):
     "The comment behind a statement, as a cell of a table."
     comment = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode()
-    return comment.strip().lstrip(',):').strip().lstrip('#').strip().replace('|', '\\|')
+    return _cell(comment.strip().lstrip(',):').strip().lstrip('#').strip())
 
 
 # ---- names
