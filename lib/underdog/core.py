@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['UserError', 'nearest', 'atomic_path', 'atomic_folder', 'atomic_write', 'remove_temporaries', 'write_json', 'regular',
-           'read_json', 'read_record', 'read_table', 'first_line', 'disk_full', 'append_line', 'read_lines',
-           'fingerprint', 'file_hash', 'build_id', 'versions', 'convert', 'coerce', 'Settings']
+           'read_json', 'read_record', 'read_table', 'first_line', 'disk_full', 'append_line', 'split_lines',
+           'read_lines', 'fingerprint', 'file_hash', 'build_id', 'versions', 'convert', 'coerce', 'Settings']
 
 # %% ../../nbs/00_core.ipynb #2551e549
 import difflib, errno, hashlib, json, math, os, shutil, sys, tempfile, types, typing
@@ -145,16 +145,20 @@ def append_line(path, record):
         torn = size > 0 and f.read(1) != b'\n'
         f.write((b'\n' if torn else b'') + json.dumps(record, default=_plain).encode() + b'\n')
 
-def read_lines(path):
-    "The dicts in a file of JSON lines, in their order; torn lines are left out, a missing file has none."
-    path = Path(path)
-    if not path.is_file(): return []
-    records = []
+def split_lines(path):
+    "(the dicts in a file of JSON lines, in their order; how many lines are torn); a missing file has none of either."
+    path, records, torn = Path(path), [], 0
+    if not path.is_file(): return records, torn
     for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
         try: record = json.loads(line)
-        except (ValueError, RecursionError): continue
+        except (ValueError, RecursionError): record = None
         if isinstance(record, dict): records.append(record)
-    return records
+        elif line.strip(): torn += 1
+    return records, torn
+
+def read_lines(path):
+    "The dicts in a file of JSON lines, in their order; torn lines are left out, a missing file has none."
+    return split_lines(path)[0]
 
 # %% ../../nbs/00_core.ipynb #b64154e4
 def fingerprint(*parts):

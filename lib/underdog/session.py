@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['KAGGLE_HOURS', 'TRAINING_HOURS', 'SCORED_MARGIN', 'Clock', 'duration', 'SessionConfig', 'Session', 'alive',
-           'progress_bar', 'locked']
+           'progress_bar', 'locked', 'Holder', 'last_holder']
 
 # %% ../../nbs/02_session.ipynb #e323eb89
 import errno, math, os, re, signal, socket, sys, threading, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from .core import Settings, UserError
 from .machine import on_kaggle
@@ -161,9 +162,20 @@ def _no_link(path, flags):
         if e.errno != errno.ELOOP: raise
         raise UserError(f'{path}: a link, and a lock is wanted; remove it') from None
 
-def _lock(file):
+def _lock(file, shared=False):
     "Take the lock on an open file; False while another has it."
     import fcntl
-    try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try: fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError: return False
     return True
+
+class Holder(NamedTuple):
+    "Who holds a folder by `locked`, or held it last."
+    name: str        # '123 on host'; '' where it was never held
+    at_work: bool    # it still does, or a subprocess of it
+
+def last_holder(folder):
+    "The `Holder` of `folder`. For an instant a lock that is free is taken: ask where nobody is about to begin."
+    try: fd = os.open(Path(folder)/'.lock', os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError: return Holder('', False)   # no folder, no lock
+    with open(fd, errors='replace') as f: return Holder(f.read().strip(), not _lock(f, shared=True))
