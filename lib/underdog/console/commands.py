@@ -46,11 +46,14 @@ def check(
 ):
     """Read a competition file and print what was found and repaired; a defect is named with its row and column.
 
-    Repeated rows stay in training; as rows of one prompt share a fold, none of them is predicted from its copy."""
+    Repeated rows stay in training; as rows of one prompt share a fold, none of them is predicted from its copy. Prompts
+    that are nearly the same as another (a cosine of their words above .95) share its fold."""
     from underdog.data.competition import get_competition
+    from underdog.data.folds import fold_groups, prompt_groups
     from underdog.data.rows import read_rows
     df, report = read_rows(file, _competition(competition))
     counts, shares = dict(report.table()), {}
+    counts['prompts nearly the same as another'] = int(prompt_groups(df).max() - fold_groups(df).max())
     if report.labelled: shares = _shares(df, get_competition(report.competition))
     print_table(report.file, ['what', 'count'], [*counts.items(), *((what, f'{x:.1%}') for what, x in shares.items())])
     if json_: typer.echo(json.dumps(counts | {what: round(float(x), 4) for what, x in shares.items()}))

@@ -22,6 +22,7 @@ ACCELERATOR = option(str, '2xT4, T4, P100, L4, 4xL4, A10G, RTX3090, RTX4090, A60
 ROWS_OF = argument(Path | None, "train.csv; left out: the lengths of LMSYS' train.csv")
 FOLDS = option(int, 'as many models, trained one after another (fold=all); 1: a single one', min=1)
 TABLE = option(Path | None, 'your own table of accelerators')
+SCORED = option(int, 'of the scored run', min=1, max=10**9)
 TUNING = option(str, 'lora; full: every weight of a small model; layers: all but its embedding')
 HOURS = option(float, 'that there are for the training', '--hours')
 CALIBRATED = option(Path | None, 'probe.json of `underdog probe`: plan for that machine, as it was measured')
@@ -42,7 +43,7 @@ def plan(
     epochs: option(float, 'passes over the rows') = 1.,
     folds: FOLDS = 1,
     rows: option(int, 'of the training; 0: all of the file', min=0) = 0,
-    test_rows: option(int, 'of the scored run', min=1, max=10**9) = 25000,
+    test_rows: SCORED = 25000,
     efficiency: EFFICIENCY = .55,
     accelerators: TABLE = None,
     calibrated: CALIBRATED = None,

@@ -20,7 +20,7 @@ from ..machine import cache_folder, resolve_input, return_memory
 from ..runfolder import RunFolder, columns
 from ..data.competition import get_competition
 from ..data.floors import BASELINES, FLOORS, Floors, best_floor, fit_floors
-from ..data.folds import labels_of, make_folds, prompt_groups
+from ..data.folds import fold_groups, labels_of, make_folds
 from ..data.rows import TEXTS, data_hash, read_rows
 from ..text.prompt import PromptConfig, Prompter
 from ..text.tokens import tokenize_rows
@@ -82,7 +82,7 @@ def with_folds(df, cfg):
     """`df` with columns `group` and `fold`, and of the rows to train on only the share `cfg.share`.
 
     Prompts are kept or left out as a whole; a smaller share is part of a larger one; all held-out rows are kept."""
-    groups = prompt_groups(df)
+    groups = fold_groups(df)
     return _share_of(df.assign(group=groups, fold=make_folds(df, cfg.n_folds, cfg.seed, groups=groups)), cfg)
 
 def _share_of(df, cfg):
