@@ -20,6 +20,8 @@ TEXTS = {
     'benchmarks/README.md': 'reference/benchmarks.md',
 }
 
+LESSONS = {'nbs': 'lessons/index.md'}   # a folder, and the page that lists what is in it
+
 
 def repository(root=ROOT):
     "{path in the repository: path of its page}: texts, guides, and every notebook in the order of reading."
@@ -66,8 +68,8 @@ def _led(line, source, pages, root):
         if re.match(r'\w+:', match[2]) or not target: return match[0]
         path = os.path.normpath(PurePosixPath(source).parent/target)
         if not (root/path).exists(): raise SystemExit(f'{source}: links to {target}, which is not there')
-        if path in pages: target = os.path.relpath(pages[path], PurePosixPath(pages[source]).parent)
-        elif path.endswith('.png'): target = os.path.relpath(f'images/{Path(path).name}', Path(pages[source]).parent)
+        page = (pages | LESSONS).get(path) or (f'images/{Path(path).name}' if path.endswith('.png') else '')
+        if page: target = os.path.relpath(page, Path(pages[source]).parent)
         else: target = f'{FILES}/{path}'
         return f"{match[1]}({target}{'#' + anchor if anchor else ''})"
     # what stands in backticks is no link

@@ -13,7 +13,8 @@ sys.path.append(str(ROOT/'docs'))
 
 from make_site import configuration, made_pages   # noqa: E402
 from links import check_site                  # noqa: E402
-from pages import for_site, notebook, repository   # noqa: E402
+from outputs import results_of                # noqa: E402
+from pages import code_key, for_site, notebook, repository   # noqa: E402
 
 
 @pytest.fixture(scope='module')
@@ -75,13 +76,30 @@ def test_the_names_of_the_front_door_are_told(made):
 
 
 def test_markdown_of_github_is_made_that_of_the_site(pages):
-    text = 'so:\n* one `[a](b.md)`\n* two\n\n1. first\n   more\n\n[rows](../1_data/03_rows.ipynb#x) [L](../../LICENSE)'
+    text = ('so:\n* one `[a](b.md)`\n* two\n\n1. first\n   more\n\n[rows](../1_data/03_rows.ipynb#x) '
+            '[L](../../LICENSE) [all](..)')
     assert for_site(text, 'nbs/guides/kaggle.md', pages) == (
         'so:\n\n* one `[a](b.md)`\n* two\n\n1. first\n    more\n\n[rows](../lessons/data/rows.md#x) '
-        '[L](https://github.com/underdog-llm/underdog/blob/main/LICENSE)')
+        '[L](https://github.com/underdog-llm/underdog/blob/main/LICENSE) [all](../lessons/index.md)')
     # code stays as it is
     assert for_site('```\na\n* b\n   c\n```', 'README.md', pages) == '```\na\n* b\n   c\n```'
     with pytest.raises(SystemExit, match='nothing.md'): for_site('[x](nothing.md)', 'README.md', pages)
+
+
+def test_kernels_show_results_and_nothing_of_a_machine(pages):
+    kept = (ROOT/'docs'/'outputs.json').read_text()
+    assert not any(place in kept for place in ('/root', '/home', '/tmp', 'doctor'))
+    # some of what is kept belongs to the kernels of today
+    for name, results in json.loads(kept).items():
+        path = f'nbs/kernels/{name}.ipynb'
+        keys = {code_key(cell) for cell in json.loads((ROOT/path).read_text())['cells']}
+        assert keys & set(results), f'{path}: every cell has changed; make demo, then docs/outputs.py'
+        text, pictures = notebook(path, pages, results=results)
+        assert pictures and '```text' in text
+
+    # a bar of progress, and the same without its steps
+    printed = [dict(output_type='stream', text=['\rrows: 0%', '\rrows: 100%\n', 'done\n'])]
+    assert results_of(printed) == [dict(text='done\n')]
 
 
 def test_faults_of_a_site_are_found(tmp_path):
