@@ -87,8 +87,10 @@ class Checkpoints:
         held = sum(f.stat().st_size for f in self.folder.glob('step-*.pt'))
         free = min(shutil.disk_usage(here).free, _KAGGLE_DISK) + held
         if (_KEEP + 1)*bytes_each > free:
-            raise UserError(f'{self.folder}: {_KEEP + 1} checkpoints of {bytes_each/1e9:.2f} GB want more than '
-                            f'the {free/1e9:.2f} GB that are free; free some space or lower the rank')
+            # a small model's checkpoint has few MB
+            size = lambda n: f'{n/1e9:.2f} GB' if n >= 1e8 else f'{n/1e6:.3g} MB'
+            raise UserError(f'{self.folder}: {_KEEP + 1} checkpoints of {size(bytes_each)} want more than the '
+                            f'{size(free)} that are free; free some space or lower the rank')
 
 def _is_full(error, folder):
     "Does `error` come from a full disk? torch's zip writer turns that into a RuntimeError."

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import UserError, atomic_path, build_id, fingerprint, read_record, read_table, versions, write_json
-from ..machine import cache_folder, return_memory
+from ..machine import cache_folder, resolve_input, return_memory
 from ..runfolder import RunFolder, columns
 from ..data.competition import get_competition
 from ..data.floors import BASELINES, FLOORS, Floors, best_floor, fit_floors
@@ -23,7 +23,8 @@ from ..data.folds import labels_of, make_folds, prompt_groups
 from ..data.rows import TEXTS, data_hash, read_rows
 from ..text.prompt import PromptConfig, Prompter
 from ..text.tokens import tokenize_rows
-from ..model.folder import base_hash
+from ..model.folder import backbone_config, base_hash
+from ..model.lora import lora_targets
 from ..model.settings import compute_dtype
 from .checkpoint import Checkpoints
 from .settings import TrainConfig
@@ -53,8 +54,9 @@ def describe(train_csv, model, prompt=PromptConfig(), cfg=TrainConfig(), competi
     comp = comp or get_competition(report.competition)
     model = replace(model, n_classes=comp.n_classes)
     prompter = Prompter(prompt, model.path, model.head)
-    # a dtype that the GPU does not have is refused now, not in the worker
+    # a dtype that the GPU does not have, or layers that the model does not have, are refused now, not in the worker
     compute_dtype(model, 'cuda')
+    _check_adapted(model)
     config = dict(
         competition=comp.name,
         data=dict(file=report.file, hash=data_hash(df), rows=len(df), repaired=report.repaired),
@@ -70,6 +72,15 @@ def describe(train_csv, model, prompt=PromptConfig(), cfg=TrainConfig(), competi
     # as it will be read back from its file: paths become texts, tuples lists
     config = json.loads(json.dumps(config, default=str))
     return Described(config, with_folds(df, cfg), prompter)
+
+def _check_adapted(model):
+    "`UserError` where `targets` or `lora_layers` of the `ModelConfig` name nothing in it; no weight is read."
+    if not model.rank or (model.targets, model.lora_layers) == ('all-linear', ''): return
+    import torch
+    from transformers import AutoModel
+    config = backbone_config(resolve_input(model.path), model.layers)
+    with torch.device('meta'): backbone = AutoModel.from_config(config)
+    lora_targets(backbone, model.targets, model.lora_layers)
 
 def with_folds(df, cfg):
     """`df` with columns `group` and `fold`, and of the rows to train on only the share `cfg.share`.
