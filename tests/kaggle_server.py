@@ -290,7 +290,7 @@ class KaggleServer:
     def job(self, ref, number=0):
         "The session of a version of a kernel, the newest if 0, once it is over."
         job = self.kernels[ref]['versions'][number - 1]['job']
-        job.join(60)
+        job.join(600)
         return job
 
     def stop(self):

@@ -1,31 +1,53 @@
 "Bad inputs of the command end in a message: no traceback, no half-written file."
+import json
 import random
 
 import bad_inputs
 import pytest
+from kaggle_server import QUOTA
 
 from underdog.console.main import main
 from underdog.core import UserError
 from underdog.data.csvfile import read_cells
 from underdog.data.rows import read_rows
+from underdog.kaggle.ship import LIBRARY, library_bundle, ship
+from underdog.model.settings import ModelConfig
+from underdog.training.run import train
 
 
-@pytest.mark.parametrize('kind', ['check', 'submission', 'sweep', 'run'])
+def besieged(tmp_path, kind, seeds):
+    for seed in seeds:
+        (tmp_path/f'{seed}').mkdir()
+        case = bad_inputs.attack(random.Random(seed), tmp_path/f'{seed}', kind)
+        assert not bad_inputs.wrong(*bad_inputs.outcome(case, limit=120)), (seed, case.args)
+
+
+@pytest.mark.parametrize('kind', ['check', 'submission', 'sweep', 'run', 'plan', 'doctor', 'remote'])
 def test_generated_bad_inputs_end_in_a_message(tmp_path, kind):
-    with bad_inputs.stand_ins():
-        for seed in range(12):
-            (tmp_path/f'{seed}').mkdir()
-            case = bad_inputs.attack(random.Random(seed), tmp_path/f'{seed}', kind)
-            assert not bad_inputs.wrong(*bad_inputs.outcome(case, limit=120)), (seed, case.args)
+    with bad_inputs.stand_ins(): besieged(tmp_path, kind, range(12))
+
+
+def test_bad_inputs_end_in_a_message_where_kaggle_answers(server, hub, tmp_path):
+    "It has the library, and refuses every push."
+    library_bundle(tmp_path/'library')
+    ship(hub, tmp_path/'library', LIBRARY)
+    server.refuse = QUOTA
+    with bad_inputs.stand_ins(account=True): besieged(tmp_path, 'remote', range(40))
+
+
+@pytest.mark.parametrize('setting, said', [(dict(targets='q_prj'), "no linear layer 'q_prj'"),
+                                           (dict(lora_layers='9:'), 'has 2 layers')])
+def test_layers_that_the_model_has_not_are_refused_before_a_worker_begins(world, tmp_path, monkeypatch, setting, said):
+    monkeypatch.setattr('underdog.training.run.launch', lambda *args, **more: pytest.fail('a worker began'))
+    model = ModelConfig(str(world/'llama'), quantization='none', **setting)
+    with pytest.raises(UserError, match=said): train(world/'train.csv', model, tmp_path/'run')
+    assert not (tmp_path/'run').exists()
 
 
 @pytest.mark.parametrize('cell', bad_inputs.CELLS[1:])
 def test_any_parameters_cell_is_read_or_refused(tmp_path, monkeypatch, cell):
-    import json
     monkeypatch.chdir(tmp_path)
-    notebook = json.loads(bad_inputs.json_notebook())
-    notebook['cells'][0]['source'] = cell
-    (tmp_path/'k.ipynb').write_text(json.dumps(notebook))
+    (tmp_path/'k.ipynb').write_text(json.dumps(bad_inputs.notebook(cell)))
     case = bad_inputs.Case(tmp_path, ['run', 'k.ipynb', '--list'])
     assert not bad_inputs.wrong(*bad_inputs.outcome(case, limit=120))
 

@@ -1,4 +1,5 @@
 "The law of small runs: exact without noise, honest with it, silent where there is only noise; read from run folders."
+import json
 import shutil
 
 import numpy as np
@@ -6,7 +7,9 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from underdog.console.main import app
 from underdog.core import UserError, write_json
 from underdog.runfolder import RunFolder
 from underdog.data.folds import prompt_groups
@@ -150,9 +153,6 @@ def copy_of(finished, path, times=1, truth=0., **train):
 
 def test_learning_rates_are_read_from_run_folders_and_told(finished, tmp_path):
     "Copies of a real run that say they learned with other rates from more rows; the best falls with the square root."
-    from typer.testing import CliRunner
-
-    from underdog.console.main import app
     n = run_point(finished.path).n
     for k in (1, 4):
         for lr in RATES:
@@ -183,6 +183,9 @@ def test_points_are_read_from_run_folders(finished, tmp_path):
     for k, lower in ((1, 0.), (2, .1), (4, .17)): copy_of(finished, tmp_path/f'run{k}', times=k, truth=2*lower)
     points, = points_of(find_runs([tmp_path]))
     assert points.setting == 'all runs' and len(points.n) == 3 and (np.diff(points.loss) < 0).all()
+    told = CliRunner().invoke(app, ['scale', str(tmp_path), '--out', str(tmp_path/'figures'), '--json'])
+    tables = json.loads(told.output.splitlines()[-1])
+    assert tables['rates'] == [] and [row['setting'] for row in tables['losses']] == ['all runs'], told.exception
     # two settings
     other = copy_of(finished, tmp_path/'other', lr=.5)
     assert sorted(p.setting for p in points_of(find_runs([tmp_path]))) == ['lr=0.01', 'lr=0.5']

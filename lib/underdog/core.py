@@ -60,8 +60,9 @@ def _umask():
     return mask
 
 def atomic_write(path, content):
-    "Write text (UTF-8) or bytes to `path` in one step."
-    if isinstance(content, str): content = content.encode('utf-8')
+    "Write text (UTF-8) or bytes to `path` in one step; of a name that is not UTF-8 its odd bytes as \\udc.."
+    # in JSON that is how such a name is spelled, and it is read back as it was
+    if isinstance(content, str): content = content.encode('utf-8', 'backslashreplace')
     with atomic_path(path) as tmp: tmp.write_bytes(content)
 
 def remove_temporaries(folder):

@@ -7,7 +7,8 @@ __all__ = ['find_kernel', 'kernel_folder', 'kernel_parameters', 'check_parameter
            'run_kernel']
 
 # %% ../../nbs/05_kernels.ipynb #4431cd90
-import ast, json, sys
+import ast, json, logging, os, signal, sys, threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -112,6 +113,40 @@ def check_injected(cells):
         given = {name: value for name, (value, _) in _parameters_in(injected, 'papermill').items()}
         _checked(_parameters_in(known, 'this notebook'), given, 'this notebook')
 
+# %% ../../nbs/05_kernels.ipynb #6594b4f9
+class _Interrupts:
+    "What Ctrl-C does while it lasts; at its end, where there was one, `KeyboardInterrupt`."
+    def __init__(self): self.count, self.in_cell, self.log = 0, False, logging.getLogger('papermill')
+
+    def __enter__(self):
+        # only the main thread may set handlers
+        self.main = threading.current_thread() is threading.main_thread()
+        if self.main: self.before = signal.signal(signal.SIGINT, self._forward)
+        return self
+
+    def __exit__(self, *_):
+        if self.main: signal.signal(signal.SIGINT, self.before)
+        self.log.disabled = False
+        if self.count: raise KeyboardInterrupt(_TOLD) from None
+
+    def _forward(self, number, frame):
+        import psutil
+        self.count += 1
+        if self.count == 1: os.write(2, f'\nunderdog: {_TOLD}\n'.encode())
+        else: self.log.disabled = True   # it would say that the kernel died
+        # a kernel that has begun no cell would die of it, with a traceback
+        for process in psutil.Process().children(recursive=self.count > 1):
+            with suppress(psutil.NoSuchProcess):
+                if self.count > 1: process.kill()
+                elif self.in_cell: process.send_signal(signal.SIGINT)
+
+    def begin_cell(self, **_):
+        "For papermill, before each cell."
+        if self.count: raise InterruptedError
+        self.in_cell = True
+
+_TOLD = 'stopping in order; Ctrl-C once more stops at once'
+
 # %% ../../nbs/05_kernels.ipynb #35fd2c3d
 class KernelFailed(RuntimeError):
     "A kernel ended with an error that is no `UserError`; its traceback stands in the executed notebook."
@@ -125,15 +160,20 @@ def run_kernel(name, parameters, out):
     path, out = find_kernel(name), Path(out)
     values = check_parameters(path, parameters)
 
-    out.mkdir(parents=True, exist_ok=True)
     target = out/f'{path.stem}.ipynb'
+    try: json.dumps([str(path), str(target), values], ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UserError(f'{target}: this name, or that of an input, is not UTF-8, and a notebook holds nothing else; '
+                        'rename it') from None
+    out.mkdir(parents=True, exist_ok=True)
     print(f'== {path.stem} ==', flush=True)
+    # papermill fills in what stands in braces
+    notebooks = [str(file).replace('{', '{{').replace('}', '}}') for file in (path, target)]
     try:
-        # papermill fills in what stands in braces
-        notebooks = [str(file).replace('{', '{{').replace('}', '}}') for file in (path, target)]
-        pm.execute_notebook(*notebooks, values, kernel_name='python3', progress_bar=False,
-                            log_output=True, stdout_file=sys.stdout, stderr_file=sys.stderr,
-                            extra_arguments=['--log-level=ERROR'])
+        with _Interrupts() as interrupts:
+            pm.execute_notebook(*notebooks, values, kernel_name='python3', progress_bar=False,
+                                log_output=True, stdout_file=sys.stdout, stderr_file=sys.stderr,
+                                extra_arguments=['--log-level=ERROR'], on_cell_start=interrupts.begin_cell)
     except pm.PapermillExecutionError as e:
         if e.ename == 'UserError': raise UserError(e.evalue) from None
         raise KernelFailed(f'{path.stem}: {e.ename}: {e.evalue} '

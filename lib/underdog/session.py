@@ -129,8 +129,8 @@ def progress_bar(total, what, unit='row', disable=False):
     "A tqdm bar on stdout; in a log file (no terminal) it prints a line every ten seconds. `disable`: none at all."
     from tqdm import tqdm
     tty = sys.stdout.isatty()
-    return tqdm(total=total, desc=what, unit=unit, file=sys.stdout, smoothing=.1, disable=disable,
-                mininterval=.5 if tty else 10, ncols=None if tty else 110, dynamic_ncols=tty)
+    return tqdm(total=total, desc=what, unit=unit, unit_scale=unit == 'B', file=sys.stdout, smoothing=.1,
+                disable=disable, mininterval=.5 if tty else 10, ncols=None if tty else 110, dynamic_ncols=tty)
 
 # %% ../../nbs/02_session.ipynb #3af96db4
 @contextmanager

@@ -133,6 +133,7 @@ def doctor(
     param: option(list[str] | None, 'key=value for a kernel, may be repeated', '-p', '--param') = None,
     gpus: option(int, 'how many GPUs there must be') = 0,
     out: option(Path, 'where results will be written') = Path('.'),
+    json_: option(bool, 'end with a line of JSON: a list with an object for each line', '--json') = False,
 ):
     """Look for what is wrong before GPU hours are spent; a red line is exit code 1.
 
@@ -140,16 +141,24 @@ def doctor(
     A run folder: is it whole, do template and base model fit, does inference give the losses of training.
     A kernel: are its inputs there, are its parameters known.
     A probe.json: what `underdog probe` found, and which of its parts failed."""
-    from underdog.console.doctor import environment, gate
+    from underdog.console.doctor import environment
     from underdog.console.run_doctor import kernel_checks, run_checks
     if Path(target).suffix == '.json':
         from underdog.console.findings import probe_checks
-        return gate(probe_checks(target))
+        return _gate(probe_checks(target), json_)
     # the machine first: without it nothing else can be looked at
     checks = environment(out, gpus or None, offline=True)
     if (Path(target)/'config.json').is_file(): checks += run_checks(target)
     elif target: checks += kernel_checks(target, params(param))
-    gate(checks)
+    _gate(checks, json_)
+
+def _gate(checks, as_json):
+    "Print the `checks`, at the end as JSON where that is wanted; a red line is a `UserError`."
+    from dataclasses import asdict
+    from underdog.console.doctor import gate
+    try: gate(checks)
+    finally:
+        if as_json: typer.echo(json.dumps([asdict(check) for check in checks]))
 
 # %% ../../../nbs/8_console/06_commands.ipynb #477c0880
 def submission(

@@ -42,9 +42,10 @@ def _unpack(package, folder):
         from transformers import GgufConfig   # newer transformers keep GGUF weights packed unless told
         options['quantization_config'] = GgufConfig(dequantize=True)
     except ImportError: pass
-    model = AutoModel.from_pretrained(package, gguf_file=file, **options)
+    local = dict(gguf_file=file, local_files_only=True, trust_remote_code=False)
+    model = AutoModel.from_pretrained(package, **local, **options)
     model.to(torch.float16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(package, gguf_file=file).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(package, **local).save_pretrained(folder)
 
 # %% ../../../nbs/8_console/05_demo.ipynb #b0c2877d
 _COMMON = dict(quantization='nf4', rank=16, alpha=32, lr=1e-3, head_lr=5e-4, batch_rows=16, epochs=1.0)

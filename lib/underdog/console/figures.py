@@ -110,8 +110,8 @@ def plot_curves(curves):
     return fig
 
 def plain(text):
-    "`text` that matplotlib does not read as mathematics."
-    return text.replace('$', r'\$')
+    "`text` as matplotlib shows it in a legend: no mathematics, and not hidden for its first letter."
+    return (' ' if text.startswith('_') else '') + text.replace('$', r'\$')
 
 # %% ../../../nbs/8_console/03_figures.ipynb #297e9946
 def calibration_table(y, p, classes, bins=8):

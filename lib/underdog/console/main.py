@@ -34,6 +34,12 @@ class _Commands(TyperGroup):
         for title, lines in sections.items():
             with formatter.section(title): formatter.write_dl(lines)
 
+    def invoke(self, ctx):
+        try: return super().invoke(ctx)
+        except KeyboardInterrupt as e:
+            if not e.args: typer.echo('\nunderdog: stopped by Ctrl-C', err=True)   # else it was told already
+            raise
+
 app = typer.Typer(cls=_Commands, no_args_is_help=True, rich_markup_mode=None, help=_HELP,
                   pretty_exceptions_enable=False)
 for command in LOCAL: app.command()(command)
@@ -53,22 +59,31 @@ def _options(
 ): pass
 
 # %% ../../../nbs/8_console/09_main.ipynb #ac1a9fc6
-def _of_a_kernel(error):
+def _line_of(error):
+    "What a person is told of an `error`; None for a fault of ours, which has a traceback."
     from underdog.kernels import KernelFailed
-    return isinstance(error, KernelFailed)
+    # the working folder, as `Path.cwd` tells it
+    if isinstance(error, FileNotFoundError) and not error.filename:
+        return 'the working folder is gone; cd to one that is there'
+    # a full disk is told by errors of many kinds
+    if isinstance(error, (UserError, OSError, KernelFailed)) or disk_full(error): return str(error)
+    # a light install has only what talks to Kaggle
+    if isinstance(error, ModuleNotFoundError) and not (error.name or 'underdog').startswith('underdog'):
+        return f'{error.name} is not installed, and this command wants it: install underdog with all that it needs'
+    return None
 
 def main(args=None):
     "Entry point of the console command `underdog`; `args`: its arguments, those of the process if left out."
     if sys.stdout is None: sys.stdout = open(os.devnull, 'w')   # it was closed before
+    # names of files need not be UTF-8, and not every terminal has our arrows
+    if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='backslashreplace')
     try: app(args)
+    except KeyboardInterrupt: sys.exit(130)   # as a shell has it, and typer
     except Exception as e:
-        # a full disk is told by errors of many kinds; anything else is a fault of ours, with its traceback
-        if not isinstance(e, (UserError, OSError)) and not disk_full(e) and not _of_a_kernel(e): raise
-        gone = isinstance(e, FileNotFoundError) and not e.filename   # as `Path.cwd` raises it
-        text = 'the working folder is gone; cd to one that is there' if gone else str(e)
-        typer.echo(f'underdog: {text}', err=True)
+        line = _line_of(e)
+        if line is None: raise
+        typer.echo(f'underdog: {line}', err=True)
         sys.exit(1)
-    except KeyboardInterrupt: sys.exit(130)   # as a shell has it: 128 and the number of SIGINT
 
 # %% ../../../nbs/8_console/09_main.ipynb #c0a5e1d2
 #| eval: false

@@ -206,6 +206,7 @@ def scale(
     by: option(str, 'what the loss falls with: rows (learned from), or steps, for runs of different epochs') = 'rows',
     batch: option(int, 'rows per step of the full training, for its learning rate; 0: as in the runs', min=0) = 0,
     out: option(Path, 'folder for the figures scale.png and learning_rate.png') = Path('runs'),
+    json_: option(bool, 'end with a line of JSON: "rates" and "losses", an object each setting', '--json') = False,
 ):
     """Predict the loss on all of the data from runs on parts of it, for every setting, with intervals; noise is not
     extrapolated.
@@ -218,27 +219,28 @@ def scale(
     from underdog.search.scaling import find_runs
     # two sizes are enough for a learning rate, not for a law: the rates first
     runs = find_runs(folders)
-    _scale_rates(runs, at, by, batch, out=out)
-    _scale_losses(runs, at, by, out)
+    tables = dict(rates=_scale_rates(runs, at, by, batch, out=out), losses=_scale_losses(runs, at, by, out))
+    if json_: typer.echo(json.dumps({what: _records(table) for what, table in tables.items()}))
 
 # %% ../../../nbs/8_console/07_planning.ipynb #9a73e0fe
 def _scale_rates(runs, at, by, batch, out):
-    "Print and draw the best learning rates, of settings with which more than one was tried."
+    "Print and draw the best learning rates, of settings with which more than one was tried; the table, or None."
     from underdog.search.learning_rate import best_rates, plot_rates, valleys
     tried = {}
     for setting, rates in valleys(runs, by).items():
         _, sizes = rates
         if any(len(lr) > 1 for lr, *_ in sizes.values()): tried[setting] = rates
-    if not tried: return
+    if not tried: return None
     # the table without its last column, which is told in words
     rates = best_rates(tried, at, batch or None)
     print_frame(f'best learning rate, {by} from few to {at:,}', rates.drop(columns='refused'))
     refused = rates[rates['refused'] != '']
     for setting, reason in zip(refused['setting'], refused['refused']): typer.echo(f'refused: {setting}: {reason}')
     _save(plot_rates(tried, rates, by), out/'learning_rate.png')
+    return rates
 
 def _scale_losses(runs, at, by, out):
-    "Print and draw the loss of every setting at `at` rows or steps."
+    "Print and draw the loss of every setting at `at` rows or steps; the table."
     from underdog.search.scaling import compare_settings, plot_laws, points_of
     points = points_of(runs, by)
     table = compare_settings(points, at)
@@ -247,6 +249,11 @@ def _scale_losses(runs, at, by, out):
     print_frame(f'at {at:,} {by}', table[names])
     for reason in filter(None, table['refused']): typer.echo(f'refused: {reason}')
     _save(plot_laws(points, at, by), out/'scale.png')
+    return table
+
+def _records(table):
+    "A table (None: an empty one) as a list of objects; what is not known is null."
+    return [] if table is None else json.loads(table.to_json(orient='records'))
 
 def _save(figure, path):
     from underdog.console.figures import save_figure

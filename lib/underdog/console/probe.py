@@ -11,8 +11,9 @@ from pathlib import Path
 import typer
 
 from ..core import UserError, atomic_write, read_record
-from .remote import GPUS, IMAGE, PARAMS, POLL, SHAPE, SOURCE, WITH_WHEELS
-from .remote import _hub, _push_settings, _wait
+from .remote import GPUS, IMAGE, PARAMS, SHAPE, SOURCE, WITH_WHEELS
+from .remote import _push_settings, _seconds, _wait
+from .sending import POLL, _hub
 from .tables import kernel_params, option, params, print_table
 
 # %% ../../../nbs/8_console/08a_probe.ipynb #4dfc4ce3
@@ -41,7 +42,7 @@ def probe(
     if here: return _tell(_probe_here(given, out), record)
     kernel_params('probe', param)
     hub = _hub(poll)
-    limits = dict(docker_image=docker_image, timeout_s=int(3600*timeout))
+    limits = dict(docker_image=docker_image, timeout_s=_seconds(timeout))
     # a session without a GPU comes first, and is all where no GPU was asked for
     free = _push_settings(hub, 0, source, wheels, shape='', **limits)
     first = given if not shape else {name: value for name, value in given.items() if name not in _FREE}

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from ..core import coerce, read_table, versions
+from ..core import UserError, coerce, first_line, read_table, versions
 from ..kernels import check_parameters, find_kernel, kernel_parameters
 from ..machine import resolve_input
 from ..runfolder import RunFolder, columns
@@ -192,6 +192,8 @@ def kernel_checks(name, given):
 def _kernelspec(path):
     "Kaggle runs a notebook with papermill, which wants to know its kernel."
     import nbformat
-    kernel = nbformat.read(path, 4).metadata.get('kernelspec', {}).get('name')
+    try: kernel = nbformat.read(path, 4).metadata.get('kernelspec', {}).get('name')
+    except Exception as e:   # of whatever kind, where it has cells and yet is none
+        raise UserError(f'{path}: not a notebook that papermill reads ({first_line(e)})') from None
     return Check.of('kernelspec', bool(kernel), kernel or 'none',
                     'Kaggle runs notebooks with papermill, which wants one: open and save it in Jupyter')

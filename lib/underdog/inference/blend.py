@@ -107,7 +107,7 @@ def gather_oof(runs):
     # join the models on the rows that all of them have
     table, models = None, {}
     for folds in members.values():
-        name = folds[0].name
+        name = folds[0].name.encode('utf-8', 'backslashreplace').decode()   # of any bytes
         if name in models: name += f'-{len(models) + 1}'   # two models in folders of one name
         models[name] = [run.path for run in folds]
         rows = _read_oof(folds, name, comp)

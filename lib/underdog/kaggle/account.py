@@ -101,6 +101,7 @@ class Hub:
     `poll_s`: seconds between two looks at something that takes long. `tries`: attempts while Kaggle is busy.
     `first_pause_s`: seconds before the second attempt, where Kaggle names none; each further pause is twice as long."""
     def __init__(self, poll_s=15., tries=7, first_pause_s=1.):
+        if not 0 <= poll_s <= 3600: raise UserError(f'{poll_s:g} s between two looks: 0 to 3600 make sense')
         self.poll_s = poll_s
         self.tries = tries
         self.first_pause_s = first_pause_s

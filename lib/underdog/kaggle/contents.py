@@ -11,6 +11,7 @@ from io import BytesIO
 from pathlib import Path
 
 from ..core import UserError, file_hash, fingerprint
+from ..session import progress_bar
 from .keys import find_key_in
 from .pickles import BROKEN, runs_code, streams
 
@@ -40,26 +41,43 @@ def manifest(folder, **more):
 _SECRET_FILES = ('kaggle.json', 'access_token', 'access_token.txt', '.env', '.netrc', '_netrc', 'credentials',
                  'credentials.json', 'id_rsa', 'id_ed25519')
 
-def check_contents(folder):
-    "`UserError` for a file of `folder` that must not be shipped: credentials, a pickle, anything with a key in it."
-    for f in files_of(folder):
-        if f.name.lower() in _SECRET_FILES: raise UserError(f'{f}: credentials are not shipped; remove the file')
-        header = _safetensors_header(f)
-        with open(f, 'rb') as file:
-            for name, stream in [('', BytesIO(header))] if header else streams(file):
-                try: _check_stream(f'{f}{name}', stream, programs=not _is_checkpoint(f.relative_to(folder)))
-                except UserError: raise
-                except BROKEN:
-                    if not name: raise   # what is packed and cannot be read was searched as bytes
+_LONG = 3e8   # bytes whose search takes so long that a person wants to see it go on
 
-def _check_stream(name, stream, programs=True):
-    "`UserError` for a `stream` that must not be shipped; `programs`: also if it runs code."
+def check_contents(folder):
+    """`UserError` for a file of `folder` that must not be shipped: credentials, a pickle, anything with a key in it.
+
+    A bar shows how far the search is, where there is much to search."""
+    files = files_of(folder)
+    sizes = [f.stat().st_size for f in files]
+    with progress_bar(sum(sizes), 'looking for keys', 'B', disable=sum(sizes) < _LONG) as bar:
+        for f, size in zip(files, sizes):
+            before = bar.n
+            name = f.relative_to(folder)
+            try: str(name).encode()
+            except UnicodeEncodeError: raise UserError(f'{f}: its name is not UTF-8; rename it') from None
+            _check_file(f, programs=not _is_checkpoint(name), progress=bar.update)
+            bar.update(before + size - bar.n)   # of safetensors only the header was read
+
+def _check_file(f, programs, progress):
+    "`UserError` for a file `f` that must not be shipped; `programs`: also if it runs code."
+    if f.name.lower() in _SECRET_FILES: raise UserError(f'{f}: credentials are not shipped; remove the file')
+    header = _safetensors_header(f)
+    with open(f, 'rb') as file:
+        for name, stream in [('', BytesIO(header))] if header else streams(file):
+            told = progress if not name else lambda n: None   # what is packed in it was counted with it
+            try: _check_stream(f'{f}{name}', stream, programs, told)
+            except UserError: raise
+            except BROKEN:
+                if not name: raise   # what is packed and cannot be read was searched as bytes
+
+def _check_stream(name, stream, programs, progress):
+    "`UserError` for a `stream` that must not be shipped; the last two as of `_check_file`."
     what = runs_code(stream) if programs else ''
     if what:
         raise UserError(f'{name}: {what} runs code when it is opened; save the model with safetensors '
                         '(save_pretrained does), and remove this file')
     stream.seek(0)
-    where = find_key_in(stream)
+    where = find_key_in(stream, progress=progress)
     if where: raise UserError(f'{name}: {where} looks like a key; remove it, and make a new one if it was real')
 
 def _safetensors_header(f):

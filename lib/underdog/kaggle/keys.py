@@ -46,10 +46,13 @@ def find_key(text):
     "Where in `text` something looks like a key: 'line 3 (hf_…)', or ''."
     return _find(text.encode('utf-8', 'replace'))
 
-def find_key_in(stream, size=2**22):
-    "`find_key` in the bytes of a `stream`, `size` at a time; text in UTF-16 and UTF-32 is found, too."
+def find_key_in(stream, size=2**22, progress=lambda n: None):
+    """`find_key` in the bytes of a `stream`, `size` at a time; text in UTF-16 and UTF-32 is found, too.
+
+    `progress` is told the number of bytes of each piece."""
     rest, lines = b'', 0
     while piece := stream.read(size):
+        progress(len(piece))
         data = rest + piece
         where = _find(data, lines) or (b'\0' in data and _find(data.replace(b'\0', b''), lines))
         if where: return where

@@ -60,6 +60,7 @@ def read_ledger():
     "An entry (a dict) for each push, oldest first, with what was noted last."
     entries = {}
     for entry in read_lines(_ledger_file()):
+        if not isinstance(entry.get('kernel'), str): continue   # not a line of ours
         run = entry.get('kernel'), entry.get('version'), entry.get('push')
         entries.setdefault(run, {}).update(entry)
     return list(entries.values())

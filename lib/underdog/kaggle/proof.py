@@ -152,10 +152,11 @@ def proof_source(expect, wait_s=300.):
 
 def expectation(notebook):
     "What the first cell of a pushed `notebook` (its JSON) expects: {} for one that is not ours."
-    try: sources = [''.join(cell['source']) for cell in json.loads(notebook)['cells']]
-    except (ValueError, KeyError): return {}
-    for line in '\n'.join(sources).splitlines():
-        if line.startswith('EXPECT = '): return ast.literal_eval(line.removeprefix('EXPECT = '))
+    try:
+        sources = [''.join(cell['source']) for cell in json.loads(notebook)['cells']]
+        for line in '\n'.join(sources).splitlines():
+            if line.startswith('EXPECT = '): return dict(ast.literal_eval(line.removeprefix('EXPECT = ')))
+    except (ValueError, LookupError, TypeError, SyntaxError, MemoryError, RecursionError): pass
     return {}
 
 # %% ../../../nbs/7_kaggle/04_proof.ipynb #2869a6e9

@@ -166,7 +166,7 @@ def _read_weights(path, config, **settings):
     "The backbone in `path`; `UserError` unless every weight of it is there."
     from transformers import AutoModel
     reading = _one_tensor_at_a_time() if 'quantization_config' in settings else nullcontext()
-    settings |= dict(use_safetensors=True, local_files_only=True, output_loading_info=True)
+    settings |= dict(use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True)
     try:
         with reading: backbone, info = AutoModel.from_pretrained(path, config=config, **settings)
     except torch.OutOfMemoryError: raise

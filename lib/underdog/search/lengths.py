@@ -8,8 +8,8 @@ __all__ = ['LENGTHS', 'PROMPT_SHARE', 'LMSYS_ROWS', 'CHARS_PER_TOKEN', 'lmsys_le
 # %% ../../../nbs/6_search/01_lengths.ipynb #0e818d9b
 import numpy as np
 
-from ..machine import resolve_input
 from ..data.rows import TEXTS, read_rows
+from ..text.tokenizer import load_tokenizer
 
 # %% ../../../nbs/6_search/01_lengths.ipynb #78d33ee1
 # (share of rows, tokens of prompt and both answers) of LMSYS' train.csv
@@ -39,8 +39,7 @@ def csv_lengths(path, tokenizer=None):
         texts = df[list(TEXTS)].itertuples(index=False)
         return np.array([[sum(map(len, turns))/CHARS_PER_TOKEN for turns in row] for row in texts])
     # counted
-    from transformers import AutoTokenizer
-    tok = AutoTokenizer.from_pretrained(resolve_input(tokenizer))
+    tok = load_tokenizer(tokenizer)
     counts = []
     for column in TEXTS:
         whole = ['\n'.join(turns) for turns in df[column]]

@@ -6,7 +6,7 @@
 __all__ = ['ModelShape', 'Accelerator', 'accelerators', 'accelerator', 'known_models', 'model_shape']
 
 # %% ../../../nbs/6_search/00_shapes.ipynb #eb23a3fc
-import csv, re
+import csv, math, re
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
@@ -67,6 +67,12 @@ class Accelerator:
     supported: bool             # by underdog's trainer
     note: str
 
+    def __post_init__(self):
+        for name in ('cards', 'memory_gib', 'bandwidth_gbs', 'sustained_tflops'):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise UserError(f'accelerator {self.name}: {name}={value:g}; a number above 0 is wanted')
+
 # %% ../../../nbs/6_search/00_shapes.ipynb #6454ac94
 def _own_table(name):
     "The path of a table that comes with the library."
@@ -113,6 +119,7 @@ def accelerator(name, file=None):
 _SIZES = dict(layers='num_hidden_layers', hidden='hidden_size', intermediate='intermediate_size',
               heads='num_attention_heads', vocab='vocab_size')
 _ENCODERS = ('bert', 'deberta', 'roberta', 'xlm-roberta', 'electra', 'modernbert')
+_MOST_LAYERS = 1000   # each is looked at when a plan is made
 _NORMED = ('qwen3', 'gemma3', 'olmo2')
 _FUSED = ('phi3', 'modernbert')
 
@@ -152,6 +159,8 @@ def model_shape(model):
         missing = [] if whole(sizes['head_dim']) else ['head_dim']
     if missing:
         raise UserError(f"{path}: lacks {', '.join(missing)}; a language model's config.json is wanted")
+    if sizes['layers'] > _MOST_LAYERS:
+        raise UserError(f"{path}: num_hidden_layers={sizes['layers']:,}; no model has over {_MOST_LAYERS:,}")
     # what differs between the families
     kind = str(config.get('model_type', ''))
     decoder = not kind.startswith(_ENCODERS)

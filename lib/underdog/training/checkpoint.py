@@ -92,9 +92,11 @@ class Checkpoints:
         if on_kaggle(): free = min(free, _KAGGLE_DISK)   # the disk says more than may be saved
         self.keep = _KEEP if (_KEEP + 1)*bytes_each <= free else 1
         if (self.keep + 1)*bytes_each > free:
-            raise UserError(f'{self.folder}: {self.keep + 1} checkpoints of {bytes_each/1e9:.2f} GB want more than '
-                            f'the {free/1e9:.2f} GB that are free; free some space or train fewer weights (a lower '
-                            'rank, tuning=layers)')
+            # a small model's checkpoint has few MB
+            size = lambda n: f'{n/1e9:.2f} GB' if n >= 1e8 else f'{n/1e6:.3g} MB'
+            raise UserError(f'{self.folder}: {self.keep + 1} checkpoints of {size(bytes_each)} want more than the '
+                            f'{size(free)} that are free; free some space or train fewer weights (a lower rank, '
+                            'tuning=layers)')
 
 def _is_full(error, folder):
     "Does `error` come from a full disk? torch's zip writer turns that into a RuntimeError."

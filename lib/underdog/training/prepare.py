@@ -24,7 +24,8 @@ from ..data.folds import fold_groups, labels_of, make_folds
 from ..data.rows import TEXTS, data_hash, read_rows
 from ..text.prompt import PromptConfig, Prompter
 from ..text.tokens import tokenize_rows
-from ..model.folder import base_hash, check_score
+from ..model.folder import backbone_config, base_hash, check_score
+from ..model.lora import lora_targets
 from ..model.settings import ModelConfig, compute_dtype
 from .checkpoint import Checkpoints
 from .settings import TrainConfig
@@ -54,8 +55,10 @@ def describe(train_csv, model, prompt=PromptConfig(), cfg=TrainConfig(), competi
     comp = comp or get_competition(report.competition)
     model = replace(model, n_classes=comp.n_classes)
     prompter = Prompter(prompt, model.path, model.head)
-    # a dtype that the GPU does not have, or a head that cannot begin, is refused now, not in the worker
+    # a dtype that the GPU does not have, layers that the model does not have, or a head that cannot begin: refused now,
+    # not in the worker
     compute_dtype(model, 'cuda')
+    _check_adapted(model)
     if prompter.head.probe and not prompter.head.asks: check_score(resolve_input(model.path))
     config = dict(
         competition=comp.name,
@@ -77,6 +80,15 @@ def of_fold(described, k):
     "What training with fold=`k` means, of a `Described` training with fold='all': the same as `describe` says."
     config = described.config | dict(train=described.config['train'] | dict(fold=k), data={**described.config['data']})
     return replace(described, config=config, rows=_share_of(described.rows, coerce(TrainConfig, config['train'])))
+
+def _check_adapted(model):
+    "`UserError` where `targets` or `lora_layers` of the `ModelConfig` name nothing in it; no weight is read."
+    if not model.rank or (model.targets, model.lora_layers) == ('all-linear', ''): return
+    import torch
+    from transformers import AutoModel
+    config = backbone_config(resolve_input(model.path), model.layers)
+    with torch.device('meta'): backbone = AutoModel.from_config(config)
+    lora_targets(backbone, model.targets, model.lora_layers)
 
 def with_folds(df, cfg):
     """`df` with columns `group` and `fold`, and of the rows to train on only the share `cfg.share`.

@@ -1,0 +1,138 @@
+"A real process at a real terminal: Ctrl-C ends everything in a line, and names need not be UTF-8."
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import bad_inputs
+import pytest
+
+from underdog.console.report import write_report
+from underdog.core import read_json, write_json
+from underdog.session import alive
+
+COMMAND = [sys.executable, '-m', 'underdog']
+TOLD = 'underdog: stopping in order; Ctrl-C once more stops at once'
+SLEEPS = 'import os, time\nopen("pid", "w").write(str(os.getpid()))\ntime.sleep(300)'
+
+
+def until(what, process, limit_s=600):
+    "Wait for what `what` finds."
+    end = time.monotonic() + limit_s
+    while not what():
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(.05)
+
+
+@pytest.fixture
+def started(tmp_path):
+    "A function that starts `underdog run` of a kernel that sleeps, in a process group of its own."
+    notebook = bad_inputs.notebook()
+    notebook['cells'][1]['source'] = SLEEPS
+    (tmp_path/'k.ipynb').write_text(json.dumps(notebook))
+    processes = []
+
+    def start():
+        process = subprocess.Popen([*COMMAND, 'run', 'k.ipynb'], cwd=tmp_path, start_new_session=True, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        processes.append(process)
+        return process
+    yield start
+    for process in processes: process.kill()
+
+
+@pytest.mark.parametrize('times', [1, 2])
+def test_ctrl_c_is_one_line_and_leaves_no_kernel(started, tmp_path, times):
+    process, pid = started(), tmp_path/'pid'
+    until(lambda: pid.is_file() and pid.read_text(), process)
+    for _ in range(times):
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(.3)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 130 and err.strip() == TOLD, (process.returncode, err)
+    assert 'Traceback' not in out and 'ZMQError' not in out
+    assert not alive(int(pid.read_text()))
+
+
+def test_ctrl_c_while_the_kernel_starts(started):
+    process = started()
+    until(lambda: process.stdout.readline(), process)   # == k ==
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 130 and err.strip() == TOLD, (process.returncode, err)
+
+
+# ---- names of files are bytes
+ODD = 'caf\udce9'   # the byte of é in Latin-1
+
+
+@pytest.fixture
+def odd(tmp_path, monkeypatch):
+    "A folder of such a name, in which such files lie."
+    (tmp_path/ODD).mkdir()
+    monkeypatch.chdir(tmp_path/ODD)
+    return tmp_path/ODD
+
+
+def said(args, encoding='utf-8'):
+    "(exit code, output, errors) of a command whose output goes to something that takes `encoding`."
+    env = dict(os.environ, PYTHONIOENCODING=encoding)
+    done = subprocess.run([*COMMAND, *args], env=env, capture_output=True)
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def test_a_terminal_need_not_know_every_letter(odd):
+    (odd/f'{ODD}.csv').write_text(bad_inputs.csv_text(random.Random(0)))
+    for encoding in ('utf-8', 'ascii'):
+        code, out, err = said(['check', f'{ODD}.csv'], encoding)
+        assert code == 0 and 'caf\\udce9.csv' in out and not err, err
+
+
+@pytest.mark.parametrize('name, out, value', [(ODD, 'out', 'run'), ('k', ODD, 'run'), ('k', 'out', ODD)])
+def test_what_a_notebook_cannot_hold_is_refused_before_it_runs(odd, name, out, value):
+    (odd/f'{name}.ipynb').write_text(json.dumps(bad_inputs.notebook()))
+    args = ['run', f'{name}.ipynb', '-p', f'out={value}', '--out', out]
+    kind, text, left = bad_inputs.outcome(bad_inputs.Case(odd, args), limit=600)
+    assert kind == 'message' and 'not UTF-8' in text and not left
+
+
+@pytest.mark.parametrize('args', [
+    ['check', f'{ODD}.csv', '--json'], ['submission', f'{ODD}.csv', '--sample', f'{ODD}.csv'], ['floors', ODD],
+    ['show', f'{ODD}.csv', '--model', ODD], ['plan', ODD], ['plan', '--accelerators', f'{ODD}.csv'],
+    ['run', f'{ODD}.ipynb', '--list'], ['run', 'train', '-p', f'train_csv={ODD}.csv', '-p', f'model={ODD}'],
+    ['run', 'infer', '-p', f'run={ODD}', '-p', f'test_csv={ODD}.csv'], ['run', 'blend', '-p', f'runs={ODD},{ODD}'],
+    ['doctor', f'{ODD}.ipynb'], ['doctor', ODD], ['doctor', f'{ODD}.json', '--json'], ['compare', ODD, ODD],
+    ['try', ODD, '--prompt', ODD, '--a', ODD, '--b', ODD], ['export', ODD, '--out', ODD], ['scale', ODD, '--out', ODD],
+    ['sweep', f'{ODD}.yaml', '--out', ODD], ['demo', '--train', ODD, '--out', ODD],
+    ['push', f'{ODD}.ipynb', '--dry-run', '--folder', ODD], ['push', 'train', '-p', f'model={ODD}'],
+    ['bundle', '--dry-run', '--folder', '.'], ['bundle', '--image', ODD, '--dry-run'], ['status', ODD], ['logs', ODD],
+    ['pull', 'x', '--out', ODD], ['relay', f'{ODD}.ipynb', '--name', ODD], ['submit', '--sample', ODD, '-m', ODD],
+    ['probe', '--out', ODD, '-p', f'model={ODD}'], ['check-account', '--model', ODD]], ids=lambda args: args[0])
+def test_no_command_trips_over_a_name(odd, args):
+    (odd/f'{ODD}.csv').write_text(bad_inputs.csv_text(random.Random(0)))
+    (odd/f'{ODD}.ipynb').write_text(json.dumps(bad_inputs.notebook()))
+    (odd/f'{ODD}.json').write_text(json.dumps(bad_inputs.PROBE))
+    (odd/f'{ODD}.yaml').write_text('trials: 1\n')
+    (odd/ODD).mkdir()
+    (odd/ODD/'config.json').write_text(json.dumps(bad_inputs.CONFIG))
+    with bad_inputs.stand_ins():
+        kind, text, left = bad_inputs.outcome(bad_inputs.Case(odd, args), limit=600)
+    assert not bad_inputs.wrong(kind, text, left), text
+
+
+def test_a_report_names_its_files(odd):
+    page = write_report(odd/f'{ODD}.html', ODD, [(ODD, [f'{ODD} and\nmore'])])
+    assert page.read_bytes().count(b'caf\\udce9') == 5   # title and heading twice, text
+    write_json(odd/f'{ODD}.json', {ODD: [ODD]})
+    assert read_json(odd/f'{ODD}.json') == {ODD: [ODD]}
+
+
+def test_runs_of_any_name_are_compared(finished, odd):
+    for name in (ODD, '[b]$x$'): shutil.copytree(finished.path, odd/name)
+    args = ['compare', ODD, '[b]$x$', '--out', f'{ODD}.html', '--json']
+    kind, text, left = bad_inputs.outcome(bad_inputs.Case(odd, args), limit=600)
+    assert kind == 'ok' and 'caf\\udce9' in text and left == [f'{ODD}.html'], text
