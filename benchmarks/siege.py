@@ -38,7 +38,7 @@ def main():
     parser.add_argument('--cases', type=int, default=200, help='of each kind')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--only', choices=KINDS, action='append', help='may be repeated')
-    parser.add_argument('--keep', help='a folder that is left for inspection')
+    parser.add_argument('--keep', help='a folder that is left for inspection, and used again')
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(args.keep or tmp)

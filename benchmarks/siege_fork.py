@@ -1,25 +1,28 @@
 """Jobs in forked children of a process that has imported everything: each costs what it does, not its imports.
 
-What the library starts as `python -m module` is forked, too; a kernel's cells run in the process that asks for them.
-The watching process takes in orphans, so that none can hide."""
+What a job starts is forked, too, from a copy of the job before it began (tests/offline/warm.py); the cells of a kernel
+run in the process that asks for them. The watching process takes in orphans, so that none can hide."""
 import contextlib
 import ctypes
+import faulthandler
+import importlib.util
 import os
-import runpy
 import signal
-import subprocess
 import sys
 import time
 import traceback
 from pathlib import Path
 from typing import NamedTuple
 
+OFFLINE = Path(__file__).resolve().parents[1]/'tests'/'offline'
 TRACEBACK = 70   # exit code of a child that ended with one
 
 
 def load_everything():
     "Import what the jobs need, without starting a thread: a process with threads is not to be forked."
     os.environ.update(OMP_NUM_THREADS='1', TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1', MPLBACKEND='agg')
+    if str(OFFLINE) not in sys.path: sys.path.insert(0, str(OFFLINE))
+    import warm  # noqa: F401
     import accelerate, bitsandbytes, datasets, nbformat, optuna, papermill, peft, sklearn.linear_model, torch  # noqa: F401,E401
     import underdog.console.demo, underdog.console.main, underdog.inference.scored  # noqa: F401,E401
     import underdog.search.trials, underdog.training.run, underdog.training.worker  # noqa: F401,E401
@@ -32,50 +35,7 @@ def load_everything():
     with contextlib.suppress(OSError, AttributeError): ctypes.CDLL(None).prctl(36, 1)
 
 
-# ---- what a child does otherwise than a process that was started
-class Forked:
-    "What the library uses of `subprocess.Popen`, for `python -m module args`: a fork that runs the module."
-    def __init__(self, command, stdout=None, env=None, pass_fds=(), start_new_session=False, **_):
-        at = command.index('-m')
-        self.returncode, self.pid = None, os.fork()
-        if self.pid: return
-        def work():
-            if start_new_session: os.setsid()
-            if env: _replace_environment(env)
-            _begin(stdout.fileno())
-            sys.argv = command[at + 1:]
-            runpy.run_module(command[at + 1], run_name='__main__', alter_sys=True)
-        _end(work)
-
-    def poll(self): return self._wait(os.WNOHANG)
-
-    def _wait(self, how=0):
-        if self.returncode is not None: return self.returncode
-        try: pid, status = os.waitpid(self.pid, how)
-        except ChildProcessError: pid, status = self.pid, 0
-        if pid: self.returncode = os.waitstatus_to_exitcode(status)
-        return self.returncode
-
-    def wait(self, timeout=None):
-        end = time.monotonic() + (3600. if timeout is None else timeout)
-        while self.poll() is None:
-            if time.monotonic() > end: raise subprocess.TimeoutExpired(str(self.pid), timeout)
-            time.sleep(.01)
-        return self.returncode
-
-    def send_signal(self, number):
-        if self.poll() is None: os.kill(self.pid, number)
-
-    def terminate(self): self.send_signal(signal.SIGTERM)
-
-    def kill(self): self.send_signal(signal.SIGKILL)
-
-
-def _replace_environment(env):
-    os.environ.clear()
-    os.environ.update(env)
-
-
+# ---- what a job does otherwise than a process that was started
 def _begin(log):
     "Output into the descriptor `log`, signals as at the start of a process."
     for number in (signal.SIGTERM, signal.SIGPIPE): signal.signal(number, signal.SIG_DFL)
@@ -104,29 +64,28 @@ def _end(work):
         os._exit(code)
 
 
-def fork_instead():
-    "From here on this process, a child, forks where the library would start a process of its own."
-    import multiprocessing
+def start_warm():
+    """From here on what this process, a child, starts is forked from a copy of it as it is now, without threads.
 
+    A fork of one that has them may wait forever for a lock that none of its threads holds."""
     import papermill
-
-    from underdog import process
-    from underdog.search import trials
-    fork = multiprocessing.get_context('fork')
-    multiprocessing.get_context = lambda method=None: fork
-    names = dict(vars(subprocess), Popen=Forked)
-    process.subprocess = trials.subprocess = type('Subprocess', (), {k: v for k, v in names.items() if k[0] != '_'})
+    import warm
     papermill.execute_notebook = execute_here
+    spec = importlib.util.spec_from_file_location('sitecustomize', OFFLINE/'sitecustomize.py')
+    sys.modules['sitecustomize'] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules['sitecustomize'])
+    warm.have_a_server()
 
 
 def execute_here(path, target, values, **_):
     "The cells of a notebook, in this process; what papermill does in one of its own."
     import nbformat
     braces = lambda text: text.replace('{{', '{').replace('}}', '}')
-    notebook, scope = nbformat.read(braces(path), 4), {'__name__': 'kernel'}
+    notebook, scope = nbformat.read(braces(path), 4), {'__name__': 'kernel', 'In': []}
     nbformat.write(notebook, braces(target))
     for cell in notebook.cells:
         if cell.cell_type != 'code': continue
+        scope['In'].append(cell.source)
         lines = [line for line in cell.source.splitlines() if not line.startswith('%')]
         exec(compile('\n'.join(lines), str(path), 'exec'), scope)
         if 'parameters' in cell.metadata.get('tags', []): scope.update(values)
@@ -142,27 +101,73 @@ class Ended(NamedTuple):
     def traceback(self): return self.code == TRACEBACK or 'Traceback (most recent call last)' in self.text
 
 
-class Job(Forked):
+STILL_S = 30.   # without any work, after which a job that sleeps is taken to hang
+SLOW = 20       # times its limit may pass on the clock: a busy machine makes slow, not endless
+
+
+class Patience:
+    """How long to wait for processes: until they have worked for `limit_s`, or for `still_s` have done nothing.
+
+    Seconds of CPU: the clock says little on a machine that others use, too."""
+    def __init__(self, limit_s, still_s):
+        self.limit_s, self.still_s, self.before, self.spent = limit_s, still_s, None, 0.
+        self.began = self.last = time.monotonic()
+
+    def ends(self, processes):
+        "Why no longer to wait for the `processes`; '' where they may still end."
+        import psutil
+        spent, now, at_work = 0., time.monotonic(), False
+        for p in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                spent += sum(p.cpu_times()[:4])
+                at_work |= p.status() in (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP)
+        if self.before is None: self.before = spent
+        if at_work or spent > self.spent: self.last = now
+        self.spent = spent
+        if spent - self.before > self.limit_s: return f'{spent - self.before:.0f} s of work'
+        if now - self.last > self.still_s: return f'{self.still_s:.0f} s without work'
+        return f'{now - self.began:.0f} s' if now - self.began > SLOW*self.limit_s + self.still_s else ''
+
+
+class Job:
     "A function in a forked child, in a session of its own, with its output in the file `log`."
     def __init__(self, work, log):
-        self.log = Path(log)
-        self.returncode, self.pid = None, os.fork()
+        self.log, self.returncode, self.pid = Path(log), None, os.fork()
         if self.pid: return
         def begin():
             os.setsid()
             _begin(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC))
-            fork_instead()
+            faulthandler.register(signal.SIGUSR1, file=2)   # where it hangs
+            start_warm()
             work()
         _end(begin)
 
+    def poll(self):
+        "Its exit code; None while it is at work."
+        if self.returncode is None:
+            try: pid, status = os.waitpid(self.pid, os.WNOHANG)
+            except ChildProcessError: pid, status = self.pid, signal.SIGKILL   # it was swept away
+            if pid: self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def kill(self):
+        if self.poll() is None: os.kill(self.pid, signal.SIGKILL)
+
     def end(self, limit_s):
-        "Wait for it; what is not over after `limit_s` is killed, with all that it started."
-        try: code = self.wait(limit_s)
-        except subprocess.TimeoutExpired:
+        "Wait for it, with `Patience`; what hangs says where, and is killed with all that it started."
+        patience, why, asked = Patience(limit_s, STILL_S), '', time.monotonic()
+        while self.poll() is None and not why:
+            time.sleep(.01)
+            if time.monotonic() - asked < 1: continue
+            asked = time.monotonic()
+            why = patience.ends(descendants())
+        if why:
+            for p in descendants():
+                with contextlib.suppress(ProcessLookupError): os.kill(p.pid, signal.SIGUSR1)
+            time.sleep(1)
             sweep()
-            self.wait(10)
-            code = None
-        return Ended(code, self.log.read_text(errors='replace'))
+            while self.poll() is None: time.sleep(.01)
+        return Ended(None if why else self.returncode, f'{self.log.read_text(errors="replace")}\n{why}'.strip())
 
 
 def do(work, log, limit_s=10.):
@@ -173,14 +178,16 @@ def do(work, log, limit_s=10.):
 KEPT = set()   # processes that are no part of any job
 
 
-def descendants():
-    "The living processes that this one, or one of its children, has started."
+def descendants(servers=False):
+    "The living processes that this one, or one of its children, has started; those that fork for them with `servers`."
     import psutil
+    import warm
     living = []
     for p in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             ours = KEPT & {p.pid, *(q.pid for q in p.parents())}
-            if not ours and p.status() != psutil.STATUS_ZOMBIE: living.append(p)
+            if ours or p.status() == psutil.STATUS_ZOMBIE or (p.name() == warm.NAME and not servers): continue
+            living.append(p)
     return living
 
 
@@ -196,15 +203,15 @@ def bury():
 def sweep():
     "Kill whatever is left."
     import psutil
-    for p in descendants():
+    for p in descendants(servers=True):
         with contextlib.suppress(psutil.NoSuchProcess): p.kill()
     bury()
 
 
 def orphans(within=10.):
-    "Command and age of what still lives `within` seconds after its job has ended; killed then."
-    end = time.monotonic() + within
-    while (left := descendants()) and time.monotonic() < end:
+    "What still lives `within` seconds, of work or of sleep, after its job has ended; killed then."
+    patience = Patience(within, within)
+    while (left := descendants()) and not patience.ends(left):
         bury()
         time.sleep(.05)
     names = [f'{p.pid} {p.status()}' for p in left if p.is_running()]

@@ -15,7 +15,7 @@ SAMPLES = ('more', 'less', 'floats', 'twice', 'turned', 'garbage', 'gone', 'colu
 PARTS = ('test', 'header', 'sample', 'run', 'run', 'base', 'settings', 'disk')
 INFER = st.fixed_dictionaries({}, optional=dict(
     time_limit=st.sampled_from([1e-9, .0005, .002, 0., 12., 1e6]),
-    batch_tokens=st.sampled_from([1, 7, 300, 10**9]),
+    batch_tokens=st.sampled_from([1, 7, 300, 10**8]),
     processes=st.sampled_from([1, 2, 3]),
     tta=st.booleans(),
     with_floors=st.booleans(),

@@ -62,6 +62,7 @@ class World:
     def make(cls, folder):
         "Everything is made in children, as this process is to stay without threads."
         world = cls(Path(folder))
+        if (world.folder/'joint'/'adapter').exists(): return world   # it was kept
         world.folder.mkdir(parents=True, exist_ok=True)
         for work in (world._make_rows, lambda: world.learn(world.folder/'pair'),
                      lambda: world.learn(world.folder/'joint', head='joint')):

@@ -61,6 +61,32 @@ def test_an_adapter_of_another_training_is_seen_on_the_rows(patient):
     assert 'reload equality' not in {c.name for c in red(in_four_bits)}
 
 
+def damage(file, how):
+    "Damage a file of weights."
+    from safetensors.torch import load_file, save_file
+    raw = file.read_bytes()
+    if how in ('shapes', 'nan', 'huge'):
+        change = dict(shapes=lambda v: v[None].clone(), nan=lambda v: v*torch.nan, huge=lambda v: v + 3e38)
+        save_file({k: change[how](v) for k, v in load_file(file).items()}, file)
+    elif how == 'gone': file.unlink()
+    else: file.write_bytes(dict(empty=b'', cut=raw[:len(raw)//2], length=b'\xff'*8 + raw[8:],
+                               name=raw[:40] + b'+\xf8\n\x95\xff' + raw[45:])[how])
+
+
+@pytest.mark.parametrize('name,ways', [('adapter', ['empty', 'name', 'shapes', 'nan']),
+                                       ('head', ['cut', 'length', 'huge', 'gone'])])
+def test_a_damaged_adapter_is_a_red_line(patient, name, ways, capfd):
+    "Whatever became of it, the doctor ends, and says so without a traceback."
+    whole = (patient.adapter/f'{name}.safetensors').read_bytes()
+    for how in ways:
+        damage(patient.adapter/f'{name}.safetensors', how)
+        lines = red(run_checks(patient.path))
+        if how == 'huge': assert {'reload equality', 'validation loss'} <= {c.name for c in lines}
+        else: assert len(lines) == 1 and f'{name}.safetensors' in lines[0].seen, how
+        assert 'Traceback' not in capfd.readouterr().err, how
+        (patient.adapter/f'{name}.safetensors').write_bytes(whole)
+
+
 def test_texts_of_other_rows_are_seen(patient):
     rows = pd.read_parquet(patient.check_file)
     rows['response_a'] = np.roll(rows['response_a'].to_numpy(), 1)

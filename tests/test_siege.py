@@ -38,7 +38,7 @@ def test_a_forked_job_ends_as_a_process_does(tmp_path, monkeypatch, name, code, 
     from benchmarks import siege_fork
 
     from underdog.core import UserError
-    monkeypatch.setattr(siege_fork, 'fork_instead', lambda: None)
+    monkeypatch.setattr(siege_fork, 'start_warm', lambda: None)
     def work():
         print('at work')
         if name == 'exit': raise SystemExit(3)

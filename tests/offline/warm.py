@@ -27,6 +27,8 @@ LIBRARIES = ('torch', 'torch.distributed.run', 'torch.distributed.elastic.multip
 # read by libraries at their import
 AT_IMPORT = ('OMP_NUM_THREADS', 'HF_HUB_OFFLINE', 'HF_HOME', 'HF_HUB_CACHE')
 PR_SET_CHILD_SUBREAPER = 36
+PR_SET_NAME = 15
+NAME = 'warm server'   # of a server, as ps shows it
 FLAGS = ('-u', '-B')   # of the interpreter, which a fork can have
 MOST = 1 << 20   # bytes of a request
 # group, gid, groups, uid, umask and preexec_fn of a process that wants none of these
@@ -126,6 +128,7 @@ def prepare(libraries):
 
 
 def _answer(requests):
+    _call_itself(NAME)
     while True:
         payload, descriptors, _, _ = socket.recv_fds(requests, MOST, 100)
         if not payload: os._exit(0)
@@ -146,6 +149,7 @@ def _become(request, descriptors, requests, between):
     "Turn this fork, a child of `between`, into the process that was asked for; never returns."
     import time
     import traceback
+    _call_itself('python')
     while os.getppid() == between: time.sleep(.001)
     if os.getppid() != request['parent']: os._exit(1)   # who asked has died
     kind, name, flags, arguments = request['what']
@@ -162,6 +166,9 @@ def _become(request, descriptors, requests, between):
         code = _run(kind, name, arguments)
     except BaseException: os.write(2, traceback.format_exc().encode())
     finally: os._exit(code)
+
+
+def _call_itself(name): ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode(), 0, 0, 0)
 
 
 def _take(descriptors, targets):

@@ -252,7 +252,7 @@ def _scale_losses(runs, at, by, out):
     return table
 
 def _records(table):
-    "A table (None: an empty one) as a list of objects; what is not known is null."
+    "A table (None: empty) as a list of objects; what is not known is null."
     return [] if table is None else json.loads(table.to_json(orient='records'))
 
 def _save(figure, path):

@@ -89,7 +89,7 @@ def _serve(connection, start, device, threads):
     except Exception as e:
         hopeless = isinstance(e, UserError)
         connection.send(_Failed(hopeless, str(e) if hopeless else f'{type(e).__name__}: {e}'))
-        raise
+        if not hopeless: raise   # the parent says it, in a line
 
 # %% ../../../nbs/5_inference/02_workers.ipynb #c3a554ca
 class Pace:

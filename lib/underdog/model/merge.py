@@ -51,7 +51,7 @@ def _saved(folder):
     return saved
 
 def _fill(parameters, file, what, optional=()):
-    """Copy the tensors in `file` into the `parameters` of the same names; a name or a shape that differs raises.
+    """Copy the tensors in `file` into the `parameters` of the same names; another name, another shape or NaN raises.
 
     Those whose names are `optional` may be missing and stay as they are."""
     from safetensors.torch import load_file
@@ -68,6 +68,8 @@ def _fill(parameters, file, what, optional=()):
         if shape != tuple(p.shape):
             raise UserError(f'{file}: {what} {name!r} has shape {shape}, the model {tuple(p.shape)}; it is of another '
                             'model')
+        if not tensors[name].isfinite().all():
+            raise UserError(f'{file}: {what} {name!r} has numbers that are not finite; train or copy it again')
         p.data.copy_(tensors[name])
     # and every tensor its parameter
     extra = sorted(set(tensors) - set(parameters))
