@@ -206,7 +206,7 @@ def scale(
     by: option(str, 'what the loss falls with: rows (learned from), or steps, for runs of different epochs') = 'rows',
     batch: option(int, 'rows per step of the full training, for its learning rate; 0: as in the runs', min=0) = 0,
     out: option(Path, 'folder for the figures scale.png and learning_rate.png') = Path('runs'),
-    json_: option(bool, 'end with a line of JSON: "rates" and "losses", an object each setting', '--json') = False,
+    json_: option(bool, 'end with a line of JSON: "rates" and "losses" of each setting', '--json') = False,
 ):
     """Predict the loss on all of the data from runs on parts of it, for every setting, with intervals; noise is not
     extrapolated.
