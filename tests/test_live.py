@@ -246,13 +246,15 @@ def test_a_real_training_is_watched_from_before_its_start_to_its_verdict(world, 
     assert said[-len(findings):] == findings and 'finished after' in said[-len(findings) - 1]
 
 
-def test_a_finished_run_is_told_at_once(finished, capsys):
+def test_a_finished_run_is_told_at_once(finished, capsys, monkeypatch):
     assert watch_run(finished.path).state == 'finished'
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith('step ') and lines[1:] == verdict(view_run(finished.path))
+    monkeypatch.setenv('COLUMNS', '80')
     main_code('watch', str(finished.path), '--once')
     shown = capsys.readouterr().out
     assert '┤' in shown and 'held out' in shown and '\x1b' not in shown
+    assert max(map(len, shown.split(' finished after ')[0].splitlines())) <= 80, 'all of the picture, not the verdict'
 
 
 def main_code(*args):
@@ -380,6 +382,30 @@ def test_tensorboard_reads_what_was_written_and_no_more_after_a_second_time(run,
         assert [s.value for s in scalars] == pytest.approx(wanted[column].tolist(), rel=1e-6)
     times = [s.wall_time for s in events.Scalars('train/loss')]
     assert times[-1] - times[0] == pytest.approx(logged['elapsed_s'].max() - logged['elapsed_s'].min(), abs=1e-3)
+
+
+KEPT = """
+import json
+from trackio.sqlite_storage import SQLiteStorage
+project, = SQLiteStorage.get_projects()
+name, = SQLiteStorage.get_runs(project)
+print(json.dumps([project, name, SQLiteStorage.get_logs(project, name)]))
+"""
+
+
+def test_trackio_keeps_what_was_logged(run, tmp_path):
+    "In processes of its own: it keeps its folder in mind, and threads."
+    pytest.importorskip('trackio', reason='trackio is not installed; it is optional')
+    env = dict(os.environ, TRACKIO_DIR=str(tmp_path/'trackio'))
+    watching = [*UNDERDOG, 'watch', str(run.path), '--once', '--trackio', 'pairs']
+    assert subprocess.run(watching, env=env, capture_output=True).returncode == 1, 'the run is gone'
+    project, name, lines = json.loads(subprocess.check_output([sys.executable, '-c', KEPT], env=env))
+    assert (project, name) == ('pairs', str(run.path))
+    logged = run.metrics()
+    for key, column in {'train/loss': 'loss', 'eval/tfidf': 'eval_tfidf'}.items():
+        kept = [(line['step'], line[key]) for line in lines if key in line]
+        wanted = logged[logged[column].notna()]
+        assert kept == list(zip(wanted['step'], wanted[column]))
 
 
 # ---- on Kaggle

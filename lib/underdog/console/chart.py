@@ -6,6 +6,7 @@
 __all__ = ['Curve', 'chart', 'sparkline']
 
 # %% ../../../nbs/8_console/00a_chart.ipynb #3a1f3c2b
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -91,7 +92,7 @@ def chart(curves, width=72, height=12, plain=False):
         value = high - (high - low)*i/(rows - 1)
         named = i in (0, rows//2, rows - 1)
         text.append(f'{value:{margin}.4f} ┤' if named else ' '*margin + ' │')
-        for character, style in row: text.append(character, style)
+        for style, part in groupby(row, lambda cell: cell[1]): text.append(''.join(c for c, _ in part), style)
         text.append('\n')
     ends = f'{left:,.0f}', f'{right:,.0f}'
     text.append(' '*margin + ' └' + '─'*columns + '\n')

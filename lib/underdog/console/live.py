@@ -31,8 +31,8 @@ def picture(view, width=80, height=24, plain=False):
     room = min(16, height - len(figures) - len(lines) - 2)
     if room >= 6 and len(view.steps): text.append_text(chart(_curves(view), width - 1, room, plain)).append('\n')
     for figure in figures:
-        history = '' if plain else sparkline(figure.history)
-        text.append(f'{figure.name:<9}', 'bold').append(figure.text).append(f'  {history}\n', 'blue')
+        history = '' if plain else f'  {sparkline(figure.history)}'.rstrip()
+        text.append(f'{figure.name:<9}', 'bold').append(figure.text).append(f'{history}\n', 'blue')
     for line in lines: text.append(f'{line}\n', 'dim')
     text.rstrip()
     return text
@@ -41,7 +41,7 @@ def _about(view):
     "Model, head and progress of a run, in a few words."
     model = view.config.get('model', {})
     parts = [os.path.basename(model['path']), f"{model['head']} head"] if {'path', 'head'} <= set(model) else []
-    return ', '.join([*parts, *_progress(view)])
+    return ', '.join([*_progress(view), *parts])
 
 def _progress(view):
     "A list with 'step 12 of 400', or an empty one."
@@ -115,7 +115,7 @@ def print_picture(view):
     coloured = _person_reads()
     console = Console(file=sys.stdout, force_jupyter=False, force_terminal=coloured,
                       color_system='auto' if coloured else None)
-    console.print(picture(view, console.width, 40, _ascii_only()))
+    console.print(picture(view, console.width, 40, _ascii_only()), no_wrap=True, overflow='ellipsis')
 
 def _ascii_only(): return not (sys.stdout.encoding or 'utf-8').lower().startswith('utf')
 

@@ -51,9 +51,9 @@ class RunView:
 def _numbers(records, first, others):
     "The `records` with numbers as step and `first`, as a DataFrame of these and the columns `others`."
     number = lambda x: x if isinstance(x, (int, float)) and math.isfinite(x) else math.nan
-    rows = [[number(record.get(name)) for name in ('step', first, *others)] for record in records]
-    table = pd.DataFrame(rows, columns=['step', first, *others], dtype=float)
-    return table[table['step'].notna() & table[first].notna()].reset_index(drop=True)
+    names = ['step', first, *others]
+    rows = [[number(record.get(name)) for name in names] for record in records if first in record]
+    return pd.DataFrame(rows, columns=names, dtype=float).dropna(subset=['step', first], ignore_index=True)
 
 def view_run(path):
     "The `RunView` of the run folder at `path`, or of `path`/run; there need not be one yet."

@@ -6,7 +6,7 @@
 __all__ = ['Writer', 'TensorBoard', 'Trackio']
 
 # %% ../../../nbs/8_console/04f_writers.ipynb #1b48ffaf
-import json, math, time
+import inspect, json, math, time
 from pathlib import Path
 
 from ..core import UserError
@@ -112,7 +112,11 @@ class Trackio(Writer):
     def open(self, view):
         settings = {f'{part}.{name}': value for part in ('model', 'prompt', 'train')
                     for name, value in view.config.get(part, {}).items()}
-        self._trackio.init(project=self.project, name=str(view.run.path), config=settings)
+        # the dashboard is opened by who wants it; the machine that watches is not the one that trains
+        off = {name: False for name in ('embed', 'auto_log_gpu', 'auto_log_cpu')}
+        known = inspect.signature(self._trackio.init).parameters
+        self._trackio.init(project=self.project, name=str(view.run.path), config=settings,
+                           **{name: value for name, value in off.items() if name in known})
         self.begun = True
 
     def write(self, step, values, seconds): self._trackio.log(values, step=step)
