@@ -155,7 +155,7 @@ def test_a_reward_model_gets_a_scale_and_a_tie(offset, monkeypatch):
     assert head.tie.item() == pytest.approx(0 if offset else -.4, abs=.2)
     with torch.no_grad(): z = head(torch.tensor(np.concatenate([features[:, 0], features[:, 1]]), dtype=torch.float32))
     s = scale[0]*reward
-    np.testing.assert_allclose(z, np.stack([*s.T, s.mean(1) + float(head.tie)], 1), atol=1e-4)
+    np.testing.assert_allclose(z, np.stack([*s.T, s.mean(1) + head.tie.item()], 1), atol=1e-4)
     # what is told
     assert 'on 600 rows' in line and ('baseline alone' in line) == offset
     assert abs(float(line.split('training ')[1].split()[0]) - log_loss(y, p)) < .05

@@ -1,0 +1,165 @@
+"""What may a head start from? A tie for each row against one for all; another file's reward row against a cold probe.
+
+    python -m benchmarks.starts --train FILE [FILE ...] [--generated 500] [--layers 4] [--length 96] [--rows 700]
+                                [--seeds 5] [--folds 2] [--start none floors] [--cache DIR]
+
+Frozen lower layers of SmolLM2-135M read every row once; their pooled states are kept in --cache, as an .npz a file. All
+else is probes on them, as a training fits them: for every seed the files are divided into five prompt-grouped folds, of
+which --folds are held out in turn. `floors` starts from the best baseline, out of fold for the rows that are learned
+from. Differences are of log loss on the same held-out rows, below 0 is better; a seed's interval is a bootstrap over
+prompts. The last line of output is JSON.
+"""
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.update(OMP_NUM_THREADS='1', TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1')
+
+import numpy as np   # noqa: E402
+import pandas as pd   # noqa: E402
+
+from benchmarks.common import last_line, one_thread, table   # noqa: E402
+from underdog.core import atomic_path   # noqa: E402
+from underdog.data.competition import get_competition   # noqa: E402
+from underdog.data.floors import BASELINES, best_floor, fit_floors   # noqa: E402
+from underdog.data.folds import labels_of, make_folds, prompt_groups   # noqa: E402
+from underdog.data.metrics import log_loss, paired_ci, softmax   # noqa: E402
+from underdog.data.rows import read_rows   # noqa: E402
+
+N_FOLDS, FEW = 5, 400   # rows that a reward row's scale and tie are fitted on
+
+
+@dataclass(frozen=True)
+class File:
+    "A file of comparisons with what frozen layers say of them."
+    df: pd.DataFrame
+    comp: object
+    x: np.ndarray       # (n, h) differences of the answers' states
+    means: np.ndarray   # (n, h) their means
+    y: np.ndarray
+    groups: np.ndarray
+
+    @classmethod
+    def read(cls, path, args):
+        "At most --rows rows of the csv `path`, and their states, from the cache or computed."
+        df, report = read_rows(path, None, labelled=True)
+        df = df.sample(min(len(df), args.rows), random_state=0).reset_index(drop=True)
+        comp, kept = get_competition(report.competition), args.cache/f'{path.parent.name}-{path.stem}.npz'
+        if not kept.is_file():
+            with atomic_path(kept) as tmp, open(tmp, 'wb') as out: np.savez(out, states=states_of(df, args))
+        states = np.load(kept)['states']
+        x, means = states[:, 0] - states[:, 1], states.mean(1)
+        return cls(df, comp, x, means, labels_of(df, comp).astype(float), prompt_groups(df))
+
+    def offset(self, folds, held):
+        "(n, C) log-probabilities of the best baseline, out of fold; the rows of the fold `held` are in no fit."
+        inner, learned = np.full(len(self.df), -1), folds != held
+        inner[learned] = make_folds(self.df[learned], N_FOLDS, 1, groups=pd.factorize(self.groups[learned])[0])
+        _, predictions = fit_floors(self.df, self.comp, inner, BASELINES, groups=self.groups)
+        best = best_floor(self.y[learned], {name: p[learned] for name, p in predictions.items()})
+        return np.log(predictions[best])
+
+
+def states_of(df, args):
+    "(n, 2, h) pooled states of both answers of the rows `df`, by the lower layers of SmolLM2."
+    from underdog.console.demo import smollm2
+    from underdog.model.model import load_model
+    from underdog.model.settings import ModelConfig
+    from underdog.text.prompt import PromptConfig, Prompter
+    from underdog.text.source import RowSource
+    from underdog.text.tokens import tokenize_rows
+    from underdog.training.probe import pair_features
+    base = str(smollm2())
+    model = load_model(ModelConfig(base, layers=args.layers, rank=0, quantization='none'))
+    prompter = Prompter(PromptConfig(max_length=args.length), base, 'pair')
+    source = RowSource(tokenize_rows(df, prompter, args.cache, ''), prompter, model.packing)
+    return pair_features(model, source, np.arange(len(df)), budget=2048).numpy()
+
+
+def fit(file, rows, means=None, offset=None, x=None, **options):
+    "(a probe fitted on these `rows` of the `file`, what predicts all rows with it)."
+    import torch
+    from underdog.training.probe import fit_probe
+    x, part = file.x if x is None else x, lambda v: None if v is None else v[rows]
+    probe = fit_probe(x[rows], file.y[rows], part(means), part(offset), groups=file.groups[rows],
+                      tie=torch.zeros((), dtype=torch.float64), **options)
+    s = x @ probe.weights.double().numpy()
+    tie = float(probe.tie) + (0*s if means is None else means @ probe.tie_weights.double().numpy())
+    z = np.stack([s/2, -s/2, tie], 1)
+    return probe, softmax(z if offset is None else z + offset)
+
+
+def compare_ties(file, start, seed, args):
+    "A row of figures: one tie for all, a tie for each row, on the held-out folds of a `seed`."
+    folds, one, own = make_folds(file.df, N_FOLDS, seed, groups=file.groups), file.y*0, file.y*0
+    ridges = []
+    for fold in range(args.folds):
+        learned, held = np.flatnonzero(folds != fold), folds == fold
+        offset = file.offset(folds, fold) if start == 'floors' else None
+        one[held] = fit(file, learned, offset=offset)[1][held]
+        probe, p = fit(file, learned, file.means, offset)
+        own[held] = p[held]
+        ridges.append(f'{probe.ridges[1]:g}')
+    held = folds < args.folds
+    y, groups = file.y[held], file.groups[held]
+    return dict(seed=seed, rows=int(held.sum()), one=log_loss(y, one[held]), own=log_loss(y, own[held]),
+                difference=paired_ci(y, own[held], one[held], groups), ridges=', '.join(ridges))
+
+
+def compare_rewards(file, other, seed):
+    "A row of figures: a cold probe on few rows, and the reward row of the file `other` with a scale and a tie."
+    folds = make_folds(file.df, N_FOLDS, seed, groups=file.groups)
+    learned, held = np.flatnonzero(folds != 0)[:FEW], folds == 0
+    _, cold = fit(file, learned)
+    row = fit(other, np.arange(len(other.y)))[0].weights.double().numpy()
+    _, warm = fit(file, learned, x=file.x @ row[:, None], strengths=(1e-4,))
+    y = file.y[held]
+    return dict(seed=seed, cold=log_loss(y, cold[held]), reward=log_loss(y, warm[held]))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--train', nargs='*', type=Path, default=[])
+    parser.add_argument('--generated', type=int, default=0, help='rows of the generated competition, too')
+    parser.add_argument('--layers', type=int, default=4)
+    parser.add_argument('--length', type=int, default=96, help='tokens of prompt and one answer')
+    parser.add_argument('--rows', type=int, default=700, help='of a file, at most')
+    parser.add_argument('--seeds', type=int, default=5)
+    parser.add_argument('--folds', type=int, default=2, help='held out in turn, of five')
+    parser.add_argument('--start', nargs='*', default=['none', 'floors'], choices=['none', 'floors'])
+    parser.add_argument('--cache', type=Path, default=Path('runs/starts'))
+    args = parser.parse_args()
+    one_thread()
+    paths = list(args.train)
+    if args.generated:
+        from underdog.data.sample import write_sample
+        paths.append(write_sample(args.cache/'generated', args.generated, 20, seed=7)['train.csv'])
+    files = {f'{path.parent.name}/{path.stem}' if path.stem == 'train' else path.stem: File.read(path, args)
+             for path in paths}
+    figures = dict(ties={}, rewards={})
+    for name, file in files.items():
+        for start in args.start:
+            rows = [compare_ties(file, start, seed, args) for seed in range(args.seeds)]
+            figures['ties'][f'{name}, {start}'] = summary(rows, 'own', 'one')
+            show = [(r['seed'], r['rows'], f"{r['one']:.4f}", f"{r['own']:.4f}",
+                     '{:+.4f} [{:+.4f}, {:+.4f}]'.format(*r['difference']), r['ridges']) for r in rows]
+            table(f'{name}, start {start}', ('seed', 'rows', 'one tie', 'by row', 'difference', 'ridges of ties'), show)
+        for other in files:
+            if other == name: continue
+            rows = [compare_rewards(file, files[other], seed) for seed in range(args.seeds)]
+            figures['rewards'][f'{other} -> {name}'] = summary(rows, 'reward', 'cold')
+    for part, by in figures.items():
+        table(part, ('what', 'mean difference', 'standard error over seeds'),
+              [(what, f"{f['mean']:+.4f}", f"{f['error']:.4f}") for what, f in by.items()])
+    last_line(figures)
+
+
+def summary(rows, one, other):
+    "Mean of the paired differences of the seeds with its standard error, and the seeds."
+    d = np.array([row[one] - row[other] for row in rows])
+    error = d.std(ddof=1)/len(d)**.5 if len(d) > 1 else np.nan
+    return dict(mean=float(d.mean()), error=float(error), seeds={row['seed']: row for row in rows})
+
+
+if __name__ == '__main__': main()
