@@ -167,6 +167,10 @@ def test_another_run_in_the_folder_is_refused_and_thrown_away_on_request(world, 
         small_run(world, tmp_path/'new', fold=0, session=dict(resume_from=str(kept)), **FOLDS)
     run = small_run(world, kept, fold=0, session=dict(restart=True), **FOLDS)
     assert run.trained and not run.fold(0).exists, 'nothing is left of the folds'
+    # also where nobody can tell any more what it was
+    run.config_file.write_text('{')
+    run.clear()
+    assert not run.exists and not run.folds
 
 
 def test_the_word_is_known_to_the_kernel_and_to_the_config():

@@ -7,6 +7,7 @@ __all__ = ['columns', 'baselines_in', 'Cuts', 'RunFolder']
 
 # %% ../../nbs/04_runfolder.ipynb #1868670f
 import json, shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -91,7 +92,8 @@ class RunFolder:
 
     def clear(self):
         "Remove what an earlier run left here, with the runs of its folds; other files stay."
-        for fold in self.folds: shutil.rmtree(fold.path, ignore_errors=True)
+        with suppress(UserError):   # of a config.json that is broken nobody knows
+            for fold in self.folds: shutil.rmtree(fold.path, ignore_errors=True)
         # config.json first: without it there is no run
         for old in (self.config_file, self.metrics_file, self.oof_file, self.status_file): old.unlink(missing_ok=True)
         for old in (self.adapter, self.checkpoint): shutil.rmtree(old, ignore_errors=True)
@@ -126,8 +128,9 @@ class RunFolder:
     def folds(self):
         "The runs of the folds that have begun, where this is a run with fold='all'; else []."
         train = self.config.get('train', {}) if self.exists else {}
-        if train.get('fold') != 'all': return []
-        return [fold for k in range(train['n_folds']) if (fold := self.fold(k)).exists]
+        n = train.get('n_folds')
+        if train.get('fold') != 'all' or not isinstance(n, int): return []
+        return [fold for k in range(n) if (fold := self.fold(k)).exists]
 
     @property
     def models(self):

@@ -37,13 +37,6 @@ def open_whole(path, described, resume_from='', restart=False):
     whole.set_status('running', **_progress(whole))
     return whole
 
-def prepare_fold(whole, k, described, resume_from=''):
-    "The run of fold `k` of `whole`, as `prepare` makes it; gone on from in `resume_from`, if that has the fold."
-    earlier = RunFolder(resolve_input(resume_from)).fold(k) if resume_from else None
-    resumed = str(earlier.path) if earlier and earlier.exists else ''
-    return prepare(whole.fold(k).path, of_fold(described, k), resumed)
-
-# %% ../../../nbs/4_training/09a_joined.ipynb #b18c2025
 def _progress(whole):
     "step, of and elapsed_s of all folds together; a fold that has not begun is as long as the last one that has."
     begun = [fold.status for fold in whole.folds]
@@ -52,6 +45,13 @@ def _progress(whole):
     return dict(step=sum(status['step'] for status in begun), of=sum(of) + later*(of[-1] if of else 0),
                 elapsed_s=sum(status['elapsed_s'] for status in begun))
 
+def prepare_fold(whole, k, described, resume_from=''):
+    "The run of fold `k` of `whole`, as `prepare` makes it; gone on from in `resume_from`, if that has the fold."
+    earlier = RunFolder(resolve_input(resume_from)).fold(k) if resume_from else None
+    resumed = str(earlier.path) if earlier and earlier.exists else ''
+    return prepare(whole.fold(k).path, of_fold(described, k), resumed)
+
+# %% ../../../nbs/4_training/09a_joined.ipynb #b18c2025
 def _joined(tables):
     "Tables of the folds, one below the other; a prompt is in one fold, but its number is that fold's own."
     table = pd.concat(tables, ignore_index=True, join='inner')
