@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pages import ROOT, TEXTS, for_site, lessons, lessons_page, notebook, repository, rooms, title_of
+from pages import ROOT, TEXTS, for_site, lessons, lessons_page, notebook, repository, title_of
 
 OUT = ROOT/'_docs'
 GUIDES = ('kaggle', 'two_t4s', 'own_competition', 'report', 'troubleshooting', 'how_it_works', 'glossary')
@@ -74,11 +74,10 @@ def configuration():
 def navigation():
     "The navigation: a list of {title: page or list}."
     pages = repository()
-    named = lambda path: title_of(ROOT/path)[0]
-    kernels = [{named(f'nbs/kernels/{name}.ipynb'): f'kernels/{name}.md'} for name in KERNELS]
-    by_room = [{room.capitalize(): [{title: page} for page, title, _ in listed]}
-               for room, listed in lessons(pages).items()]
-    api = [{room.capitalize(): f'reference/api/{room}.md'} for room in rooms() if room != 'stories']
+    kernels = [{title_of(ROOT/f'nbs/kernels/{name}.ipynb')[0]: f'kernels/{name}.md'} for name in KERNELS]
+    rooms = lessons(pages)
+    by_room = [{room.capitalize(): [{title: page} for page, title, _ in listed]} for room, listed in rooms.items()]
+    api = [{room.capitalize(): f'reference/api/{room}.md'} for room in rooms if room != 'stories']
     return [
         {'Quick start': TEXTS['README.md']},
         {'Guides': [{_heading(f'nbs/guides/{name}.md'): f'guides/{name}.md'} for name in GUIDES]},

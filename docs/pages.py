@@ -23,11 +23,11 @@ TEXTS = {
 LESSONS = {'nbs': 'lessons/index.md'}   # a folder, and the page that lists what is in it
 
 
-def repository(root=ROOT):
+def repository():
     "{path in the repository: path of its page}: texts, guides, and every notebook in the order of reading."
     pages = dict(TEXTS)
-    for file in sorted((root/'nbs').rglob('*')):
-        path = file.relative_to(root)
+    for file in sorted((ROOT/'nbs').rglob('*')):
+        path = file.relative_to(ROOT)
         if path.name == 'index.ipynb' or '.ipynb_checkpoints' in path.parts: continue   # README is made of the index
         if file.suffix == '.ipynb' or (file.suffix == '.md' and 'guides' in path.parts):
             pages[path.as_posix()] = _page(path)
@@ -42,7 +42,7 @@ def _page(path):
 
 
 # ---- text
-def for_site(text, source, pages, root=ROOT):
+def for_site(text, source, pages):
     "Markdown as GitHub reads it -> as Python-Markdown does, with the links of `source` led to pages."
     lines, fence, before = [], None, ''
     for line in text.splitlines():
@@ -55,19 +55,19 @@ def for_site(text, source, pages, root=ROOT):
             item = re.match(r'([*-]|\d+\.) ', line)
             if item and before.strip() and not re.match(r'([*-]|\d+\.) | {2,}', before): lines.append('')
             line = re.sub(r'^ {3}(?=\S)', ' '*4, line)
-            line = _led(line, source, pages, root)
+            line = _led(line, source, pages)
         lines.append(line)
         before = line
     return '\n'.join(lines)
 
 
-def _led(line, source, pages, root):
+def _led(line, source, pages):
     "A line with its relative links led to pages, or to files of the repository."
     def lead(match):
         target, _, anchor = match[2].partition('#')
         if re.match(r'\w+:', match[2]) or not target: return match[0]
         path = os.path.normpath(PurePosixPath(source).parent/target)
-        if not (root/path).exists(): raise SystemExit(f'{source}: links to {target}, which is not there')
+        if not (ROOT/path).exists(): raise SystemExit(f'{source}: links to {target}, which is not there')
         page = (pages | LESSONS).get(path) or (f'images/{Path(path).name}' if path.endswith('.png') else '')
         if page: target = os.path.relpath(page, Path(pages[source]).parent)
         else: target = f'{FILES}/{path}'
@@ -92,16 +92,16 @@ def title_of(path):
     return title.removeprefix('# '), rest.strip().split('\n\n')[0].removeprefix('> ')
 
 
-def notebook(path, pages, root=ROOT, formula=None, results=None):
+def notebook(path, pages, formula=None, results=None):
     """(markdown, {name: bytes of a picture}) of the notebook at `path` in the repository.
 
     `formula`: makes MathML of LaTeX, which browsers show without a script; None leaves formulas as they are.
     `results`: {key: outputs} of cells that are kept without."""
     blocks, pictures = [], {}
-    for cell in json.loads((root/path).read_text())['cells']:
+    for cell in json.loads((ROOT/path).read_text())['cells']:
         source = ''.join(cell['source'])
         if cell['cell_type'] == 'markdown':
-            source = for_site(source, path, pages, root)
+            source = for_site(source, path, pages)
             blocks.append(_with_formulas(source, formula) if formula else source)
             continue
         # directives are for nbdev; what is hidden is plumbing
@@ -153,30 +153,26 @@ def _output(output, pictures, name):
 
 
 # ---- lists of lessons
-def rooms(root=ROOT):
-    "{folder of lessons: what the room is for}, as README tells it."
-    table = re.findall(r'^\| (the ground|`\w+`) \| ([^|]+) \|', (root/'README.md').read_text(), re.M)
-    about = {name.strip('`').removeprefix('the '): what for name, what in table}
-    return about | dict(stories='experiments behind a default, with their outputs')
-
-
-def lessons(pages, root=ROOT):
+def lessons(pages):
     "{room: [(page, title, summary)]} in the order of reading."
-    listed = {room: [] for room in rooms(root)}
+    listed = {}
     for path, page in pages.items():
-        if page.startswith('lessons/'): listed[page.split('/')[1]].append((page, *title_of(root/path)))
+        if page.startswith('lessons/'): listed.setdefault(page.split('/')[1], []).append((page, *title_of(ROOT/path)))
     return listed
 
 
-def lessons_page(pages, root=ROOT):
-    "The page that lists all lessons."
+def lessons_page(pages):
+    "The page that lists all lessons; what a room is for, README tells."
     blocks = ['# Lessons', 'The library is written in notebooks, one idea each: why, the code, an example, a proof. '
               'They can be read in this order; every page shows the code that is exported and what it printed.']
-    about = rooms(root)
-    for room, listed in lessons(pages, root).items():
+    table = re.findall(r'^\| (the ground|`\w+`) \| ([^|]+) \|', (ROOT/'README.md').read_text(), re.M)
+    about = {name.strip('`').removeprefix('the '): what for name, what in table}
+    about['stories'] = 'experiments behind a default, with their outputs'
+    for room, listed in lessons(pages).items():
+        blocks.append(f'## {room.capitalize()}')
+        if room in about: blocks.append(f'{about[room][0].upper()}{about[room][1:]}.')
         rows = [f'| [{title}]({page.removeprefix("lessons/")}) | {_cell(summary)} |' for page, title, summary in listed]
-        what = about[room][0].upper() + about[room][1:]
-        blocks += [f'## {room.capitalize()}', f'{what}.', '\n'.join(['| lesson | what it shows |', '|---|---|', *rows])]
+        blocks.append('\n'.join(['| lesson | what it shows |', '|---|---|', *rows]))
     return '\n\n'.join(blocks) + '\n'
 
 

@@ -2,6 +2,7 @@
 import dataclasses
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -14,11 +15,11 @@ sys.path.append(str(ROOT/'docs'))
 from make_site import configuration, made_pages   # noqa: E402
 from links import check_site                  # noqa: E402
 from outputs import results_of                # noqa: E402
-from pages import code_key, for_site, notebook, repository   # noqa: E402
+from pages import for_site, notebook, repository   # noqa: E402
 
 
 @pytest.fixture(scope='module')
-def pages(): return repository(ROOT)
+def pages(): return repository()
 
 
 @pytest.fixture(scope='module')
@@ -37,11 +38,13 @@ def test_a_lesson_shows_its_code_and_not_its_plumbing(pages):
     for path in pages:
         if not path.endswith('.ipynb'): continue
         text, pictures = notebook(path, pages)
-        assert '#| ' not in text and 'default_exp' not in text, path
+        assert not re.search(r'^#\|', text, re.M), path
         cells = json.loads((ROOT/path).read_text())['cells']
         for cell in cells:
             source = ''.join(cell['source'])
-            if source.startswith('#| hide\n'): assert source.removeprefix('#| hide\n') not in text, path
+            hidden = source.removeprefix('#| hide\n')
+            # a line alone may stand in another cell, too
+            if hidden != source and '\n' in hidden: assert hidden not in text, path
             exported = source.removeprefix('#| export\n')
             if exported != source and '#|' not in exported: assert exported.strip('\n') in text, path
         assert all(f']({name})' in text for name in pictures)
@@ -89,13 +92,11 @@ def test_markdown_of_github_is_made_that_of_the_site(pages):
 def test_kernels_show_results_and_nothing_of_a_machine(pages):
     kept = (ROOT/'docs'/'outputs.json').read_text()
     assert not any(place in kept for place in ('/root', '/home', '/tmp', 'doctor'))
-    # some of what is kept belongs to the kernels of today
+    # cells that have changed since show nothing; when none is left, it is time to make them anew
+    shown = {}
     for name, results in json.loads(kept).items():
-        path = f'nbs/kernels/{name}.ipynb'
-        keys = {code_key(cell) for cell in json.loads((ROOT/path).read_text())['cells']}
-        assert keys & set(results), f'{path}: every cell has changed; make demo, then docs/outputs.py'
-        text, pictures = notebook(path, pages, results=results)
-        assert pictures and '```text' in text
+        shown |= notebook(f'nbs/kernels/{name}.ipynb', pages, results=results)[1]
+    assert shown, 'make demo, then docs/outputs.py'
 
     # a bar of progress, and the same without its steps
     printed = [dict(output_type='stream', text=['\rrows: 0%', '\rrows: 100%\n', 'done\n'])]
