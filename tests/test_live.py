@@ -19,8 +19,8 @@ from kaggle_server import write_notebook
 
 from underdog.console.chart import Curve, chart, sparkline
 from underdog.console.judge import judge
-from underdog.console.live import line_of, picture, verdict, watch_run
-from underdog.console.live_kernel import records_in, watch_kernel
+from underdog.console.live import _html, line_of, picture, verdict, watch_run
+from underdog.console.live_kernel import _view, records_in, watch_kernel
 from underdog.console.main import main
 from underdog.console.runview import figures_of, notes_on, view_run
 from underdog.console.watching import _names_kernel
@@ -442,6 +442,10 @@ def test_a_log_gives_the_curves_of_its_run():
         'step 30: held-out log loss 1.0240 on 1,080 rows (model 1.0260, prior 1.0901, tfidf 1.0310)\n', 'half a li'])]
     first, nan, held = records_in(events)
     assert first == dict(step=20, of=50, loss=1.01, elapsed_s=8., tokens_per_s=1204.) and nan['step'] == 30
+    # the same picture as of a run folder
+    view = _view('me/gemma-1', events)
+    assert 'step 20 of 50' in line_of(view) and 'tfidf 1.0310' in picture(view).plain and view.words == 'half a li'
+    assert '1.0240 at step 30 on 1,080 rows' in _html(view) and '<img' in _html(view)
     assert held == dict(step=30, eval_loss=1.024, eval_rows=1080, eval_model=1.026, eval_prior=1.0901, eval_tfidf=1.031)
 
 

@@ -9,6 +9,8 @@ __all__ = ['picture', 'line_of', 'print_picture', 'redrawn', 'watch_run', 'verdi
 import base64, html, os, sys, time
 from contextlib import ExitStack, contextmanager
 
+import pandas as pd
+
 from ..core import UserError
 from .chart import Curve, chart, sparkline
 from .figures import figure_png, plot_loss, smoothed
@@ -104,7 +106,7 @@ def _html(view):
                    for figure in figures_of(view))
     image = ''
     if len(view.steps):
-        figure = plot_loss(view.run.metrics(), {f'baseline {best.name}': best.loss} if best else None)
+        figure = plot_loss(pd.DataFrame(view.records), {f'baseline {best.name}': best.loss} if best else None)
         image = f'<img src="data:image/png;base64,{base64.b64encode(figure_png(figure, 80)).decode()}">'
     lines = ''.join(f'<div>{html.escape(line)}</div>' for line in (notes_on(view) if rows else [view.sentence]))
     return f'<b>{html.escape(title)}</b><div>{image}</div><table>{rows}</table>{lines}'
