@@ -10,6 +10,7 @@ forked from one process that has imported everything. The last line of output is
 import argparse
 import importlib
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -40,10 +41,12 @@ def main():
     parser.add_argument('--only', choices=KINDS, action='append', help='may be repeated')
     parser.add_argument('--keep', help='a folder that is left for inspection, and used again')
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as tmp:
-        folder = Path(args.keep or tmp)
-        folder.mkdir(parents=True, exist_ok=True)
-        figures = besiege(folder, args.only or KINDS, args.cases, args.seed)
+    # a `TemporaryDirectory` would be removed at the end of every fork
+    folder = Path(args.keep or tempfile.mkdtemp())
+    folder.mkdir(parents=True, exist_ok=True)
+    try: figures = besiege(folder, args.only or KINDS, args.cases, args.seed)
+    finally:
+        if not args.keep: shutil.rmtree(folder, ignore_errors=True)
     last_line(dict(**{name: sum(kind[name] for kind in figures.values()) for name in COUNTS}, kinds=figures))
 
 

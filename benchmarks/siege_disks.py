@@ -90,6 +90,7 @@ def attack(world, kind, n, seed, names=NAMES):
     for name in dict.fromkeys(names):
         began = time.monotonic()
         whole = whole_of(world, name)
+        shutil.rmtree(whole, ignore_errors=True)
         ended = do(lambda: TARGETS[name].work(world, whole), world.log, 600.)
         if ended.code != 0: raise SystemExit(f'the undisturbed {name} failed:\n{ended.text[-3000:]}')
         seconds[name] = time.monotonic() - began

@@ -130,15 +130,15 @@ class Patience:
 
 
 class Job:
-    "A function in a forked child, in a session of its own, with its output in the file `log`."
-    def __init__(self, work, log):
+    "A function in a forked child, in a session of its own, output to the file `log`; `warm`: what it starts is forked."
+    def __init__(self, work, log, warm=True):
         self.log, self.returncode, self.pid = Path(log), None, os.fork()
         if self.pid: return
         def begin():
             os.setsid()
             _begin(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC))
             faulthandler.register(signal.SIGUSR1, file=2)   # where it hangs
-            start_warm()
+            if warm: start_warm()
             work()
         _end(begin)
 

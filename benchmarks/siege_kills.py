@@ -113,6 +113,9 @@ TARGETS = dict(
 def start_kaggle(world):
     "A process with the server of the tests, which is no part of any job; its addresses are left in a file."
     sys.path.insert(0, str(TESTS))
+    # of an earlier siege
+    shutil.rmtree(world.folder/'server', ignore_errors=True)
+    (world.folder/'kaggle.env').unlink(missing_ok=True)
     def serve():
         from conftest import COUNTER, PARAMETERS
         from kaggle_server import KaggleServer, write_notebook
@@ -120,11 +123,12 @@ def start_kaggle(world):
         from underdog.core import write_json
         from underdog.process import end_with
         end_with(os.getppid())
+        os.environ.pop('OMP_NUM_THREADS', None)   # its kernels start cold: their logs are what a new process writes
         write_notebook(world.folder/'count.ipynb', COUNTER, parameters=PARAMETERS)
         server = KaggleServer(world.folder/'server').start()
         write_json(world.folder/'kaggle.env', server.client_environment())
         signal.pause()
-    KEPT.add(Job(serve, world.folder/'server.txt').pid)
+    KEPT.add(Job(serve, world.folder/'server.txt', warm=False).pid)
     while not (world.folder/'kaggle.env').exists(): time.sleep(.05)
 
 
@@ -220,6 +224,7 @@ def attack(world, kind, n, seed, only=tuple(TARGETS)):
     for name in only:
         whole = whole_of(world, name)
         if whole in seconds: continue
+        shutil.rmtree(whole, ignore_errors=True)   # of an earlier siege
         began = time.monotonic()
         ended = begin(TARGETS[name], world, whole).end(600.)
         if ended.code != 0: raise SystemExit(f'the undisturbed {name} failed:\n{ended.text[-3000:]}')
@@ -230,6 +235,7 @@ def attack(world, kind, n, seed, only=tuple(TARGETS)):
         name = rng.choices(names, shares)[0]
         run += 1
         out = world.folder/f'{name}-{run}'
+        shutil.rmtree(out, ignore_errors=True)
         faults, events, ended = disturb(world, name, out, rng=rng, seconds=seconds[whole_of(world, name)],
                                         kills=rng.randint(1, 3))
         struck = sum(' after ' in event for event in events)
