@@ -33,7 +33,7 @@ from underdog.data.rows import read_rows   # noqa: E402
 from underdog.inference.blend import contained, cross_fit   # noqa: E402
 
 OURS, BLEND, STACK = 'underdog, model', 'underdog, blend', "the student's stack (our baselines)"
-PEERS = {'Trainer, LoRA': 'trainer', 'frozen embeddings, logistic regression': 'frozen'}
+PEERS = {'frozen embeddings, logistic regression': 'frozen', 'Trainer, LoRA': 'trainer'}
 
 
 @dataclass(frozen=True)

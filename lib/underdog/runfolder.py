@@ -129,7 +129,7 @@ class RunFolder:
         "The runs of the folds that have begun, where this is a run with fold='all'; else []."
         train = self.config.get('train', {}) if self.exists else {}
         n = train.get('n_folds')
-        if train.get('fold') != 'all' or not isinstance(n, int): return []
+        if train.get('fold') != 'all' or not isinstance(n, int) or n > 1000: return []   # no training wrote that
         return [fold for k in range(n) if (fold := self.fold(k)).exists]
 
     @property
