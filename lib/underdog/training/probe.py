@@ -47,6 +47,7 @@ def pair_features(model, source, rows, budget=8192, accelerator=None):
 # %% ../../../nbs/4_training/06_probe.ipynb #28d1ac28
 # of the ridge on standardized features, the strongest first; infinite: no weights
 _STRENGTHS = (np.inf, 3., 1., .3, .1, .03, .01, .003)
+_SURE = 2   # standard errors that weights of ties must gain on none
 
 class Probe(NamedTuple):
     "What a probe has found."
@@ -73,14 +74,14 @@ class _Rows:
     def __getitem__(self, i):
         return _Rows(*(None if v is None else v[i] for v in (self.x, self.means, self.y, self.offset)))
 
-    def loss(self, at):
-        "Mean log loss of the `_Values`."
+    def losses(self, at):
+        "(n,) log losses with the `_Values`."
         s = self.x @ at.w
         logits = [s/2, -s/2]
         if at.tie is not None: logits.append(at.tie + (s*0 if self.means is None else self.means @ at.u))
         z = torch.stack(logits, -1)
         if self.offset is not None: z = z + self.offset
-        return -(self.y*torch.log_softmax(z, -1)).sum(-1).mean()
+        return -(self.y*torch.log_softmax(z, -1)).sum(-1)
 
 def _solve(rows, tie, ridges, start=None):
     "The `_Values` with the least loss on `rows`, sought from `start` on; `tie`: where that parameter starts, or None."
@@ -96,26 +97,29 @@ def _solve(rows, tie, ridges, start=None):
         solver = torch.optim.LBFGS(free, max_iter=60, line_search_fn='strong_wolfe')
         def closure():
             solver.zero_grad()
-            loss = rows.loss(at) + sum(ridge*(v**2).sum() for v, ridge in bound)
+            loss = rows.losses(at).mean() + sum(ridge*(v**2).sum() for v, ridge in bound)
             loss.backward()
             return loss
         solver.step(closure)
     return _Values(*(None if v is None else v.detach() for v in at))
 
-def _choose(rows, part, tie, candidates):
+def _choose(rows, part, tie, candidates, sure=0.):
     """(the pair of ridges among `candidates` with the least out-of-fold loss, that loss); `part` (n,): the folds.
 
     The strongest stands first; a weaker one starts where that before it ended, and after two that were worse than the
-    best none is tried. With a single fold nothing can be held out: the first one, and NaN."""
+    best none is tried. The first one stays unless another gains `sure` standard errors on it; with a single fold, where
+    nothing can be held out, it is it, and NaN."""
     folds = [(rows[np.flatnonzero(part != k)], rows[np.flatnonzero(part == k)]) for k in np.unique(part)]
     if len(folds) == 1: return candidates[0], np.nan
     losses, ends = [], [None]*len(folds)
     for ridges in candidates:
         ends = [_solve(others, tie, ridges, end) for (others, _), end in zip(folds, ends)]
-        losses.append(sum(len(held.x)*float(held.loss(end)) for (_, held), end in zip(folds, ends))/len(part))
-        best = int(np.argmin(losses))
+        losses.append(torch.cat([held.losses(end) for (_, held), end in zip(folds, ends)]).numpy())
+        best = int(np.argmin([loss.mean() for loss in losses]))
         if len(losses) - best > 2: break
-    return candidates[best], losses[best]
+    gain = losses[0] - losses[best]
+    if gain.mean() < sure*gain.std()/len(gain)**.5: best = 0
+    return candidates[best], losses[best].mean()
 
 def fit_probe(x, y, means=None, offset=None, tie=None, groups=None, strengths=None, k=5):
     """The `Probe` of labels `y` (n, C) on differences `x` and, for ties, `means` (both (n, h)) of features.
@@ -136,7 +140,7 @@ def fit_probe(x, y, means=None, offset=None, tie=None, groups=None, strengths=No
         centre = means.mean(0)
         tie_scale = size(means - centre)
         rows = replace(rows, means=(means - centre)/tie_scale)
-        best, loss = _choose(rows, part, tie, [(best[0], ridge) for ridge in strengths])
+        best, loss = _choose(rows, part, tie, [(best[0], ridge) for ridge in strengths], sure=_SURE)
     # fit it on all rows
     at = _solve(rows, tie, best)
     if means is None: return Probe((at.w/scale).float(), None, at.tie, best, loss)
