@@ -362,6 +362,11 @@ def test_a_lock_that_is_a_link_empties_nothing(tmp_path):
     assert file.read_text() == 'years of work'
 
 
+def test_a_folder_in_which_no_parquet_file_can_be_written_is_not_begun(tmp_path):
+    with pytest.raises(UserError, match='not UTF-8'), locked(tmp_path/'caf\udce9'): pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     def write(text, fails=False):
         with atomic_folder(tmp_path/'out') as tmp:

@@ -119,13 +119,14 @@ class _Interrupts:
     def __init__(self): self.count, self.in_cell, self.log = 0, False, logging.getLogger('papermill')
 
     def __enter__(self):
-        # only the main thread may set handlers
-        self.main = threading.current_thread() is threading.main_thread()
-        if self.main: self.before = signal.signal(signal.SIGINT, self._forward)
+        # only the main thread may set handlers; where SIGINT is ignored, as in the background, it stays so
+        main, self.before = threading.current_thread() is threading.main_thread(), signal.getsignal(signal.SIGINT)
+        self.heard = main and self.before not in (None, signal.SIG_IGN)
+        if self.heard: signal.signal(signal.SIGINT, self._forward)
         return self
 
     def __exit__(self, *_):
-        if self.main: signal.signal(signal.SIGINT, self.before)
+        if self.heard: signal.signal(signal.SIGINT, self.before)
         self.log.disabled = False
         if self.count: raise KeyboardInterrupt(_TOLD) from None
 

@@ -138,6 +138,9 @@ def locked(folder, wait=0.):
     """Hold `folder` (made if missing) for this process and for subprocesses that get the yielded descriptor.
 
     `UserError` while another holds it, after `wait` seconds."""
+    try: str(folder).encode()
+    except UnicodeEncodeError:
+        raise UserError(f'{folder}: this name is not UTF-8, and parquet files want it to be; give another') from None
     Path(folder).mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + wait
     with open(Path(folder)/'.lock', 'a+', opener=_no_link) as f:

@@ -66,7 +66,8 @@ def _list_files(name, bundled):
     from underdog.kaggle.contents import MANIFEST
     files = {file: size for file, (size, _) in bundled['files'].items()}
     print_table(f'{name}: nothing is sent', ['file', 'bytes'], files.items())
-    typer.echo(f'{len(files):,} files, {sum(files.values()):,} bytes; {MANIFEST}, which lists them, goes along')
+    count = '1 file' if len(files) == 1 else f'{len(files):,} files'
+    typer.echo(f'{count}, {sum(files.values()):,} bytes; {MANIFEST}, which lists what is sent, goes along')
 
 def _send_library(wheels, image, dry_run, public, poll):
     from underdog.kaggle.contents import manifest
