@@ -105,6 +105,17 @@ def test_who_asks_for_the_holder_leaves_no_lock(tmp_path):
     with locked(tmp_path): pass
 
 
+def test_who_looks_stops_nobody_from_beginning(tmp_path):
+    "A look holds a free lock for an instant; a training that begins just then waits for it."
+    import fcntl
+    import threading
+    with locked(tmp_path): pass
+    with open(tmp_path/'.lock') as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        threading.Timer(.15, lambda: fcntl.flock(looking, fcntl.LOCK_UN)).start()
+        with locked(tmp_path): assert last_holder(tmp_path).at_work
+
+
 def test_before_the_first_step(tmp_path):
     path = tmp_path/'run'
     assert view_run(path).state == 'waiting'

@@ -133,16 +133,18 @@ def progress_bar(total, what, unit='row', disable=False):
                 disable=disable, mininterval=.5 if tty else 10, ncols=None if tty else 110, dynamic_ncols=tty)
 
 # %% ../../nbs/02_session.ipynb #3af96db4
+_INSTANT = .5   # seconds
+
 @contextmanager
 def locked(folder, wait=0.):
     """Hold `folder` (made if missing) for this process and for subprocesses that get the yielded descriptor.
 
-    `UserError` while another holds it, after `wait` seconds."""
+    `UserError` while another holds it, after `wait` seconds; who only looks (`last_holder`) holds it for an instant."""
     try: str(folder).encode()
     except UnicodeEncodeError:
         raise UserError(f'{folder}: this name is not UTF-8, and parquet files want it to be; give another') from None
     Path(folder).mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + wait
+    end = time.monotonic() + max(wait, _INSTANT)
     with open(Path(folder)/'.lock', 'a+', opener=_no_link) as f:
         # wait for the other one, whose name is in the file
         while not _lock(f):
