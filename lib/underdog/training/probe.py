@@ -119,7 +119,7 @@ def _choose(rows, part, tie, candidates, sure=0.):
         if len(losses) - best > 2: break
     gain = losses[0] - losses[best]
     if gain.mean() < sure*gain.std()/len(gain)**.5: best = 0
-    return candidates[best], losses[best].mean()
+    return candidates[best], float(losses[best].mean())
 
 def fit_probe(x, y, means=None, offset=None, tie=None, groups=None, strengths=None, k=5):
     """The `Probe` of labels `y` (n, C) on differences `x` and, for ties, `means` (both (n, h)) of features.
