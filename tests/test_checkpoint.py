@@ -105,8 +105,8 @@ def test_leftovers_of_killed_writers_are_swept(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ['.lock', 'keep.tmp']
 
 
-@pytest.mark.parametrize('each, said', [(4e5, '3 checkpoints of 0.4 MB want more than the 1 MB'),
-                                        (12e9, '3 checkpoints of 12.00 GB want more than the 1 MB')])
+@pytest.mark.parametrize('each, said', [(6e5, '2 checkpoints of 0.6 MB want more than the 1 MB'),
+                                        (12e9, '2 checkpoints of 12.00 GB want more than the 1 MB')])
 def test_sizes_are_said_so_that_they_say_something(tmp_path, monkeypatch, each, said):
     monkeypatch.setattr('shutil.disk_usage', lambda path: SimpleNamespace(free=1e6))
     with pytest.raises(UserError, match=said): Checkpoints(tmp_path).check_room(each)

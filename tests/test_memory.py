@@ -195,7 +195,7 @@ def plan_of(each, room, entering=1, longest=1, beside=None, fixed=0):
     "A `MemoryPlan` of layers that keep the bytes `each` a token, the last number for everything else."
     each = np.array(each, float)
     kept = Kept(np.full(len(each), float(fixed)), each, 0*each)
-    model = SimpleNamespace(cfg=SimpleNamespace(quantization='nf4'), backbone=None)
+    model = SimpleNamespace(cfg=SimpleNamespace(quantization='nf4', tuning='lora'), backbone=None)
     return MemoryPlan(model, 0, Needs(kept, longest, entering, beside), room=room)
 
 

@@ -395,7 +395,8 @@ def test_logits_that_are_not_finite_are_not_passed_off_as_answers(world, finishe
     broken = tmp_path/'run'
     shutil.copytree(finished.path, broken)
     for file in broken.glob('adapter/*.safetensors'):
-        save_file({k: torch.full_like(v, float('nan')) for k, v in load_file(file).items()}, file)
+        # finite, but not what is computed with them
+        save_file({k: torch.full_like(v, 1e38) for k, v in load_file(file).items()}, file)
     with pytest.raises(UserError, match='20 of 20 rows got no finite logits'):
         predictions(broken, world/'test.csv', tmp_path/'pred')
     assert (pd.read_parquet(tmp_path/'pred'/'predictions.parquet')['orders'] == 0).all()   # each row has its baseline

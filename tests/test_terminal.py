@@ -73,7 +73,8 @@ def test_ctrl_c_while_the_kernel_starts(started, sleeping):
     until(lambda: process.stdout.readline(), process)   # == k ==
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=600)
-    assert process.returncode == 130 and err.strip() == TOLD, (process.returncode, err)
+    # before the kernel is there, nothing has to stop in order
+    assert process.returncode == 130 and err.strip() in (TOLD, 'underdog: stopped by Ctrl-C'), (process.returncode, err)
 
 
 def test_ctrl_c_lets_a_training_save(started, world, tmp_path):
