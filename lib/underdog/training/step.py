@@ -80,6 +80,8 @@ class Training:
         # what changes
         self.optimizer = accelerator.prepare_optimizer(make_optimizer(model, self.cfg))
         self.params = [p for g in self.optimizer.param_groups for p in g['params']]
+        # the gradient of ties is that of whole states: it would outweigh all others, and Adam needs no clipping
+        self.clipped = [p for g in self.optimizer.param_groups if g['what'] != 'ties' for p in g['params']]
         self.memory = memory or MemoryPlan(model, cfg.batch_tokens)
         self.at = Progress(budget=self.memory.budget)
         # seconds: of each of the last steps, and of a token in an evaluation
@@ -192,7 +194,7 @@ class Training:
             self.optimizer.zero_grad()
             return dict(skipped=True, grad_norm=math.nan, adapter_norm=math.nan, head_norm=math.nan)
         limit = self.cfg.max_grad_norm
-        norm = float(self.accelerator.clip_grad_norm_(self.params, limit))
+        norm = float(self.accelerator.clip_grad_norm_(self.clipped, limit))
         # clipping has scaled each gradient by limit/norm where that is below 1: undone in the norms
         scale = max(1., norm/limit)
         norms = {f'{what}_norm': scale*self._norm(what) for what in ('adapter', 'head')}
