@@ -44,7 +44,7 @@ class Described:
     prompter: Prompter
 
 def describe(train_csv, model, prompt=PromptConfig(), cfg=TrainConfig(), competition=''):
-    """What training `model` (a `ModelConfig`) on the file `train_csv` means, as `Described`; nothing is written.
+    """What training `model` (a `ModelConfig`) on the file `train_csv` means, as `Described`; only the cache is written.
 
     `competition`: its name; '' finds it from the columns. Every `UserError` that can be found without a GPU
     is raised here."""
@@ -60,9 +60,10 @@ def describe(train_csv, model, prompt=PromptConfig(), cfg=TrainConfig(), competi
     compute_dtype(model, 'cuda')
     _check_adapted(model)
     if prompter.head.probe and not prompter.head.asks: check_score(resolve_input(model.path))
+    texts, labels = data_hash(df), fingerprint(labels_of(df, comp))
     config = dict(
         competition=comp.name,
-        data=dict(file=report.file, hash=data_hash(df), rows=len(df), repaired=report.repaired),
+        data=dict(file=report.file, hash=texts, labels=labels, rows=len(df), repaired=report.repaired),
         model=asdict(model),
         prompt=asdict(prompt),
         train=asdict(cfg.with_lr(model)),
@@ -74,7 +75,7 @@ def describe(train_csv, model, prompt=PromptConfig(), cfg=TrainConfig(), competi
     )
     # as it will be read back from its file: paths become texts, tuples lists
     config = json.loads(json.dumps(config, default=str))
-    return Described(config, with_folds(df, cfg), prompter)
+    return Described(config, with_folds(df, cfg, _kept_groups(df, texts, cache_folder())), prompter)
 
 def of_fold(described, k):
     "What training with fold=`k` means, of a `Described` training with fold='all': the same as `describe` says."
@@ -90,11 +91,20 @@ def _check_adapted(model):
     with torch.device('meta'): backbone = AutoModel.from_config(config)
     lora_targets(backbone, model.targets, model.lora_layers)
 
-def with_folds(df, cfg):
+def _kept_groups(df, texts, folder):
+    "`fold_groups` of `df`, kept in the cache `folder` by the hash of its `texts`: 57,000 prompts take ten seconds."
+    kept = Path(folder)/f'groups-{fingerprint(texts, build_id())}.parquet'
+    try: return read_table(kept, ['group'])['group'].to_numpy()
+    except UserError: groups = fold_groups(df)
+    with atomic_path(kept) as tmp: pd.DataFrame(dict(group=groups)).to_parquet(tmp)
+    return groups
+
+def with_folds(df, cfg, groups=None):
     """`df` with columns `group` and `fold`, and of the rows to train on only the share `cfg.share`.
 
-    Prompts are kept or left out as a whole; a smaller share is part of a larger one; all held-out rows are kept."""
-    groups = fold_groups(df)
+    Prompts are kept or left out as a whole; a smaller share is part of a larger one; all held-out rows are kept.
+    `groups`: what `fold_groups` says, if it was asked."""
+    if groups is None: groups = fold_groups(df)
     return _share_of(df.assign(group=groups, fold=make_folds(df, cfg.n_folds, cfg.seed, groups=groups)), cfg)
 
 def _share_of(df, cfg):
@@ -116,11 +126,14 @@ def _identity(config):
     hashes = {k: config.get(k) for k in ('template_hash', 'tokenizer_hash', 'base_hash')}
     # two boards may ask the same question
     question = get_competition(config['competition']).question if config.get('competition') else None
-    return train | model | hashes | {'data': config.get('data', {}).get('hash'), 'competition': question}
+    data = config.get('data', {})
+    return train | model | hashes | dict(data=data.get('hash'), labels=data.get('labels'), competition=question)
 
 def differences(one, other):
     "Names of the settings in which two configs are not the same run."
     a, b = _identity(one), _identity(other)
+    # an earlier build did not note the labels
+    if None in (a['labels'], b['labels']): a['labels'] = b['labels'] = None
     return sorted(k for k in a | b if a.get(k) != b.get(k))
 
 # %% ../../../nbs/4_training/07_prepare.ipynb #c565e84f
@@ -161,7 +174,7 @@ def _kept_row_table(df, comp, cfg, folder, whole):
 
     `whole`: the hash of the file of which `df` is a share. The baselines of 57,000 rows take a minute, and a sweep
     needs them for every run."""
-    parts = [whole, cfg.share, comp.name, cfg.n_folds, cfg.fold, cfg.seed, build_id()]
+    parts = [whole, labels_of(df, comp), cfg.share, comp.name, cfg.n_folds, cfg.fold, cfg.seed, build_id()]
     kept = Path(folder)/f'floors-{fingerprint(*parts)}'
     # from the cache
     try:
