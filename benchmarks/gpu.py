@@ -231,6 +231,8 @@ def measure(name, kind, lengths, rounds, place):
             print(f'{name} {kind}: {job.name} {job.how} does not fit into memory')
             continue
         rate = useful/seconds
+        # what is known survives a stop
+        print(f'{name} {kind}: {job.name} {job.how}, {rate:,.0f} useful tokens/s', flush=True)
         rows.append(dict(
             model=name,
             precision=kind,
