@@ -176,10 +176,11 @@ def test_one_run_and_runs_of_other_rows_are_refused(finished, world, tmp_path):
 
 
 def test_trials_that_cannot_be_told_apart_are_marked(finished, tmp_path):
-    "The same predictions are a tie, ruined ones are worse; a trial that has failed and a sweep of other seeds have none."
+    "The same predictions are a tie, ruined ones are worse; what has failed, or held out nothing in common, has none."
     for name, lr in dict(one=.1, same=.2, ruined=.3).items():
         finished.copy_to(tmp_path/name/'run')
-        write_json(tmp_path/name/'run'/'config.json', finished.config | dict(train=finished.config['train'] | dict(lr=lr)))
+        train = finished.config['train'] | dict(lr=lr)
+        write_json(tmp_path/name/'run'/'config.json', finished.config | dict(train=train))
     ruined = RunFolder(tmp_path/'ruined'/'run')
     oof, p, y = ruined.oof(), columns('p', LMSYS), columns('y', LMSYS)
     oof[p] = np.where(oof[y] == 1, .01, .495)

@@ -453,8 +453,8 @@ def test_a_log_gives_the_curves_of_its_run():
         'train:  60%|████ | 240/400 [00:19<00:10, 8.1row/s, loss=nan, tok_s=1,204]\n',
         'step 30: held-out log loss 1.0240 on 1,080 rows (model 1.0260, prior 1.0901, tfidf 1.0310)\n', 'half a li'])]
     first, nan, held = records_in(events)
-    assert first == dict(step=20, of=50, loss=1.01, elapsed_s=8., tokens_per_s=1204., lr=9.1e-5, memory_gb=14.1) and nan['step'] == 30
-    assert 'lr' not in nan, 'a log of an older version'
+    assert first == dict(step=20, of=50, loss=1.01, elapsed_s=8., tokens_per_s=1204., lr=9.1e-5, memory_gb=14.1)
+    assert nan['step'] == 30 and 'lr' not in nan, 'a log of an older version'
     # the same picture as of a run folder
     view = _view('me/gemma-1', events)
     assert 'step 20 of 50' in line_of(view) and 'tfidf 1.0310' in picture(view).plain and view.words == 'half a li'
