@@ -1,4 +1,5 @@
 "The doctor: a well run is all green, each way to be ill is one red line that names it, and a red line stops a kernel."
+import json
 import shutil
 import subprocess
 import sys
@@ -170,6 +171,29 @@ def test_a_kernel_with_an_ill_run_stops_in_its_gate(world, patient, tmp_path):
     parameters = dict(run=str(patient.path), test_csv=str(world/'test.csv'), out=str(tmp_path/'out'))
     with pytest.raises(UserError, match='template'): run_kernel('infer', parameters, tmp_path)
     assert not (tmp_path/'out').exists()
+
+
+def test_a_base_model_that_has_moved_is_said_where(finished, patient, monkeypatch, capsys):
+    from underdog.console.commands import doctor as command
+    monkeypatch.setattr(doctor, 'environment', lambda *_, **__: [])
+    config = patient.config
+    write_json(patient.config_file, config | dict(model=config['model'] | dict(path='models/before')))
+    with pytest.raises(UserError, match='models/before: no such file.*--base'): command(str(patient.path))
+    command(str(patient.path), base=finished.config['model']['path'], json_=True)
+    lines = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {line['name']: line['state'] for line in lines} == dict.fromkeys(LINES, 'ok') | dict.fromkeys(DOUBTS, 'warn')
+    with pytest.raises(UserError, match='--base is of a run'): command('train', base='x')
+
+
+@pytest.mark.parametrize('target, told', [('runs/1/run', 'runs/1/run: no run folder'), ('trian', 'did you mean train'),
+                                          ('train -p lrr=1', 'did you mean lr')])
+def test_a_slip_is_told_before_the_machine_is_looked_at(target, told, monkeypatch, tmp_path):
+    from underdog.console.commands import doctor as command
+    def looked_at(*_, **__): raise AssertionError('the machine was looked at')
+    monkeypatch.setattr(doctor, 'environment', looked_at)
+    monkeypatch.chdir(tmp_path)
+    target, _, given = target.partition(' -p ')
+    with pytest.raises(UserError, match=told): command(target, [given] if given else None)
 
 
 def test_the_command_line():

@@ -11,7 +11,7 @@ import pytest
 
 import underdog
 from underdog.session import SessionConfig
-from underdog.kernels import find_kernel, kernel_parameters
+from underdog.kernels import find_kernel, kernel_folder, kernel_parameters
 from underdog.text.prompt import PromptConfig
 from underdog.model.settings import ModelConfig
 from underdog.training.settings import TrainConfig
@@ -83,6 +83,14 @@ def test_a_setting_stands_in_its_config_and_in_the_kernel_alike(kernel):
     for config in CONFIGS[kernel]:
         needed = [f.name for f in fields(config) if f.default is MISSING and f.default_factory is MISSING]
         assert needed in ([], ['path'])
+
+
+@pytest.mark.parametrize('kernel', sorted(file.stem for file in kernel_folder().glob('*.ipynb')))
+def test_papermill_reads_every_parameter_of_a_kernel(kernel, caplog):
+    "It reads line by line, takes no line with a second '=' in it, and then warns of a parameter that is not known."
+    from papermill import inspect_notebook
+    assert set(inspect_notebook(str(find_kernel(kernel)))) == set(kernel_parameters(find_kernel(kernel)))
+    assert not caplog.records
 
 
 # ---- the front door

@@ -1,6 +1,8 @@
 "What a report says of a run is what its rows say: verdict, curve, faults, errors, mistakes, other runs."
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from underdog.console.compare import compare_runs
+from underdog.console.compare import compare_runs, trial_verdicts
 from underdog.console.errors import error_table, held_texts, worst_mistakes
 from underdog.console.judge import judge, judge_curve, judge_position, judge_predictions
 from underdog.console.main import app
@@ -173,6 +175,25 @@ def test_one_run_and_runs_of_other_rows_are_refused(finished, world, tmp_path):
     with pytest.raises(UserError, match='different data'): compare_runs([finished.path, tmp_path/'run'])
 
 
+def test_trials_that_cannot_be_told_apart_are_marked(finished, tmp_path):
+    "The same predictions are a tie, ruined ones are worse; what has failed, or held out nothing in common, has none."
+    for name, lr in dict(one=.1, same=.2, ruined=.3).items():
+        finished.copy_to(tmp_path/name/'run')
+        train = finished.config['train'] | dict(lr=lr)
+        write_json(tmp_path/name/'run'/'config.json', finished.config | dict(train=train))
+    ruined = RunFolder(tmp_path/'ruined'/'run')
+    oof, p, y = ruined.oof(), columns('p', LMSYS), columns('y', LMSYS)
+    oof[p] = np.where(oof[y] == 1, .01, .495)
+    oof.to_parquet(ruined.oof_file)
+    trials = pd.DataFrame(dict(trial=['one', 'same', 'ruined', 'failed'], state=[*['complete']*3, 'failed']))
+    verdicts = trial_verdicts(tmp_path, trials)
+    assert sorted(verdicts[name] for name in ('one', 'same')) == ['best', 'tie'] and verdicts['ruined'] == 'worse'
+    assert trial_verdicts(tmp_path, trials[:1]) == {} == trial_verdicts(tmp_path/'nothing', trials)
+    # the same fold of one model twice
+    write_json(tmp_path/'same'/'run'/'config.json', RunFolder(tmp_path/'one'/'run').config)
+    assert trial_verdicts(tmp_path, trials) == {}
+
+
 # ---- one pair
 
 def test_a_pair_is_answered_as_inference_answers_it(finished, world, tmp_path):
@@ -202,3 +223,16 @@ def test_nothing_and_a_run_that_is_not_finished_are_no_pair(finished, tmp_path):
     write_json(tmp_path/'run'/'config.json', finished.config)
     shutil.rmtree(tmp_path/'run'/'adapter')
     with pytest.raises(UserError, match='not finished'): try_pair(tmp_path/'run', 'why?', 'a', 'b')
+    # told before anything is asked for: there is nobody who answers
+    done = subprocess.run([sys.executable, '-m', 'underdog', 'try', tmp_path/'run'], stdin=subprocess.DEVNULL,
+                          capture_output=True, text=True)
+    assert 'not finished' in done.stderr and not done.stdout, done.stdout + done.stderr
+
+
+def test_a_pair_is_asked_for_and_written_as_a_page(finished, tmp_path):
+    done = subprocess.run([sys.executable, '-m', 'underdog', 'try', finished.path, '--out', tmp_path/'page.html'],
+                          input='Is 1 < 2?\nyes\n<b>no</b>\n', capture_output=True, text=True)
+    assert done.returncode == 0 and 'prompt: ' in done.stdout and '[]' not in done.stdout, done.stderr
+    page = (tmp_path/'page.html').read_text()
+    assert 'The model expects' in page and 'baseline: ' in page and 'tokens cut' in page
+    assert 'Is 1 &lt; 2?' in page and '&lt;b&gt;no&lt;/b&gt;' in page and '<b>no' not in page

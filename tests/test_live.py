@@ -449,16 +449,28 @@ def test_a_log_gives_the_curves_of_its_run():
     events = [dict(data=piece, time=2.*i) for i, piece in enumerate([
         'going on after step 10 of 50\n', '40 steps to go at 9 tok', 'ens/s\n',
         'train:  20%|██  | 80/400 [00:00<?, ?row/s]\r',
-        'train:  40%|███ | 160/400 [00:09<00:10, 8.1row/s, loss=1.01, tok_s=1,204]\r',
+        'train:  40%|███ | 160/400 [00:09<00:10, 8.1row/s, loss=1.01, tok_s=1,204, lr=9.1e-05, gb=14.1]\r',
         'train:  60%|████ | 240/400 [00:19<00:10, 8.1row/s, loss=nan, tok_s=1,204]\n',
         'step 30: held-out log loss 1.0240 on 1,080 rows (model 1.0260, prior 1.0901, tfidf 1.0310)\n', 'half a li'])]
     first, nan, held = records_in(events)
-    assert first == dict(step=20, of=50, loss=1.01, elapsed_s=8., tokens_per_s=1204.) and nan['step'] == 30
+    assert first == dict(step=20, of=50, loss=1.01, elapsed_s=8., tokens_per_s=1204., lr=9.1e-5, memory_gb=14.1)
+    assert nan['step'] == 30 and 'lr' not in nan, 'a log of an older version'
     # the same picture as of a run folder
     view = _view('me/gemma-1', events)
     assert 'step 20 of 50' in line_of(view) and 'tfidf 1.0310' in picture(view).plain and view.words == 'half a li'
     assert '1.0240 at step 30 on 1,080 rows' in _html(view) and '<img' in _html(view)
+    assert {'rate', 'memory'} <= {figure.name for figure in figures_of(_view('me/gemma-1', events[:5]))}
     assert held == dict(step=30, eval_loss=1.024, eval_rows=1080, eval_model=1.026, eval_prior=1.0901, eval_tfidf=1.031)
+
+
+def test_the_log_of_a_training_says_what_its_metrics_say(finished):
+    lines = [dict(data=line, time=1.) for line in finished.log_file.read_text().splitlines(True)]
+    *_, logged = [r for r in records_in(lines) if 'loss' in r]
+    *_, wrote = [r for r in finished.metrics().dropna(subset='loss').to_dict('records')]
+    assert logged['step'] == wrote['step'] == logged['of'] and wrote['lr'] > 0
+    assert {name: logged[name] for name in ('lr', 'memory_gb')} == pytest.approx(
+        {name: wrote[name] for name in ('lr', 'memory_gb')}, rel=.01)
+    assert 'lr ' in line_of(_view('me/kernel', lines)) and ' GB' in line_of(_view('me/kernel', lines))
 
 
 @pytest.mark.parametrize('text, kernel', [('me/gemma-1', True), ('runs/1', False), ('runs/1/run', False),

@@ -15,6 +15,8 @@ import underdog
 from underdog.console.main import app
 from underdog.data.sample import write_sample
 from underdog.kernels import find_kernel, kernel_parameters
+from underdog.search.sweep import read_sweep
+from underdog.training.settings import TrainConfig
 
 from fixtures import make_tokenizer
 
@@ -62,6 +64,23 @@ def test_pictures_are_there():
     for path in re.findall(r'!\[[^]]*\]\(([^)]+)\)', README): assert (ROOT/path).is_file(), path
 
 
+def test_the_ratios_of_a_guide_are_those_of_readme():
+    "Measured once, said twice: the README says when and by which command."
+    ratios = re.findall(r'^\| (?:training|inference), against .* \| ([\d.]+) \|$', GUIDES['two_t4s'], re.M)
+    assert len(ratios) == 4
+    for ratio in ratios: assert f'{ratio} × ' in README, ratio
+
+
+def test_the_table_of_rooms_names_every_module():
+    library = Path(underdog.__file__).parent
+    rooms = re.findall(r'^\| (the ground|`\w+`) \| [^|]* \| ([^|]*) \|$', README, re.M)
+    assert len(rooms) == 1 + len([f for f in library.iterdir() if (f/'__init__.py').is_file()])
+    for room, modules in rooms:
+        folder = library if room == 'the ground' else library/room.strip('`')
+        there = {f.stem for f in folder.glob('*.py') if not f.stem.startswith('_')}
+        assert sorted(re.findall(r'`(\w+)`', modules)) == sorted(there), room
+
+
 def prose(text): return re.sub(r'```.*?```|^\|.*\|$', '', text, flags=re.S | re.M).split()
 
 
@@ -102,6 +121,17 @@ def test_the_python_of_a_guide_runs(guide, folder, monkeypatch):
         rows, report = underdog.read_rows('decided.csv')
         assert (report.competition, rows[['a', 'b']].sum().tolist()) == ('wsdm', [4, 4])
         assert names['read'][['a', 'b', 'tie']].sum().tolist() == [4, 4, 4]
+
+
+@pytest.mark.parametrize('text', [block for guide in GUIDES.values() for block in blocks(guide, 'yaml')])
+def test_a_sweep_of_a_guide_can_be_run(text, tmp_path):
+    "Names, types and ranges are the kernel's; each of its trials is one that `run` would begin."
+    (tmp_path/'sweep.yaml').write_text(text)
+    sweep = read_sweep(tmp_path/'sweep.yaml')
+    for name, values in sweep.space.items():
+        for value in values if isinstance(values, list) else (values['low'], values['high']):
+            settings = {k: v for k, v in sweep.fixed.items() if k not in ('train_csv', 'model')} | {name: value}
+            TrainConfig.of({n: p.default for n, p in kernel_parameters(find_kernel('train')).items()} | settings)
 
 
 def templates():

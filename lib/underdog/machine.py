@@ -56,8 +56,10 @@ def resolve_input(spec, root=None):
             if unpacked: return unpacked
     except zipfile.BadZipFile as e: raise UserError(f'{spec}: it lies in an archive that is broken ({e})') from None
     except (OSError, ValueError, NotImplementedError): pass   # a name too long, or with a NUL, is no file either
-    there = f', nor under {root}, which holds: {_tree(root)}' if root.exists() else ''
-    raise UserError(f'{spec}: no such file or folder{there}; check the path, or attach the dataset to the kernel')
+    # elsewhere than on Kaggle there is nothing to attach to
+    if not root.exists(): raise UserError(f'{spec}: no such file or folder; check the path')
+    raise UserError(f'{spec}: no such file or folder, nor under {root}, which holds: {_tree(root)}; check the path, '
+                    'or attach the dataset to the kernel')
 
 def _mounts(rest):
     """Patterns under /kaggle/input that may hold `rest`, the surest first.

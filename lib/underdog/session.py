@@ -130,7 +130,7 @@ def progress_bar(total, what, unit='row', disable=False):
     from tqdm import tqdm
     tty = sys.stdout.isatty()
     return tqdm(total=total, desc=what, unit=unit, unit_scale=unit == 'B', file=sys.stdout, smoothing=.1,
-                disable=disable, mininterval=.5 if tty else 10, ncols=None if tty else 110, dynamic_ncols=tty)
+                disable=disable, mininterval=.5 if tty else 10, ncols=None if tty else 120, dynamic_ncols=tty)
 
 # %% ../../nbs/02_session.ipynb #3af96db4
 _INSTANT = .5   # seconds

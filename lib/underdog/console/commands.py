@@ -12,8 +12,9 @@ from pathlib import Path
 import typer
 
 from ..core import UserError
-from .tables import argument, option, params, print_frame, print_table
+from .tables import argument, option, params, print_table
 from .watching import watch
+from .finished import compare, export, try_
 
 # %% ../../../nbs/8_console/06_commands.ipynb #de28930a
 CSV = argument(Path, 'train.csv or test.csv of a competition (or .parquet)')
@@ -132,6 +133,7 @@ def doctor(
                           'nothing: this machine alone') = '',
     param: option(list[str] | None, 'key=value for a kernel, may be repeated', '-p', '--param') = None,
     gpus: option(int, 'how many GPUs there must be') = 0,
+    base: option(str, 'of a run: folder of the base model, where it has moved') = '',
     out: option(Path, 'where results will be written') = Path('.'),
     json_: option(bool, 'end with a line of JSON: a list with an object for each line', '--json') = False,
 ):
@@ -141,16 +143,30 @@ def doctor(
     A run folder: is it whole, do template and base model fit, does inference give the losses of training.
     A kernel: are its inputs there, are its parameters known.
     A probe.json: what `underdog probe` found, and which of its parts failed."""
-    from underdog.console.doctor import environment
-    from underdog.console.run_doctor import kernel_checks, run_checks
     if Path(target).suffix == '.json':
         from underdog.console.findings import probe_checks
         return _gate(probe_checks(target), json_)
+    # a slip is told at once; the machine is looked at for half a minute
+    is_run = (Path(target)/'config.json').is_file()
+    if target and not is_run: _check_kernel(target, params(param))
+    if base and not is_run: raise UserError('--base is of a run: give its folder (of a kernel: -p base=…)')
+    from underdog.console.doctor import environment
+    from underdog.console.run_doctor import kernel_checks, run_checks
+    from underdog.inference.settings import InferConfig
     # the machine first: without it nothing else can be looked at
     checks = environment(out, gpus or None, offline=True)
-    if (Path(target)/'config.json').is_file(): checks += run_checks(target)
+    if is_run: checks += run_checks(target, InferConfig(base=base))
     elif target: checks += kernel_checks(target, params(param))
     _gate(checks, json_)
+
+def _check_kernel(target, given):
+    "`UserError` where `target` is neither a run folder nor a kernel with the parameters `given`."
+    from underdog.kernels import check_parameters, find_kernel
+    try: path = find_kernel(target)
+    except UserError:
+        if '/' not in target and not Path(target).exists(): raise
+        raise UserError(f'{target}: no run folder (there is no config.json in it) and no notebook') from None
+    check_parameters(path, given)
 
 def _gate(checks, as_json):
     "Print the `checks`, at the end as JSON where that is wanted; a red line is a `UserError`."
@@ -171,64 +187,6 @@ def submission(
     from underdog.data.submission import check_submission
     typer.echo(f'{file}: {check_submission(file, get_competition(competition), sample):,} rows, valid')
 
-# %% ../../../nbs/8_console/06_commands.ipynb #8e0ff652
-def compare(
-    runs: argument(list[Path], 'run folders, two or more'),
-    out: option(Path | None, 'write a page with tables and curves to this file') = None,
-    as_json: option(bool, 'print the scores as one line of JSON at the end', '--json') = False,
-):
-    """Runs side by side: which is better, how sure that is, in which settings they differ, what each cost.
-
-    Losses are compared on the rows that all of them have held out; what these cannot tell from the best is a tie."""
-    from underdog.console.compare import compare_runs, comparison_sections
-    from underdog.console.report import write_report
-    compared = compare_runs(runs)
-    # a predictions' interval in one column, so that the table fits a terminal
-    span = lambda low, high: f'{low:.4f} to {high:.4f}'
-    rows = [(name, loss, span(low, high), f'{worse:+.4f}', span(at_least, at_most), verdict)
-            for name, loss, low, high, worse, at_least, at_most, verdict in compared.table.itertuples(index=False)]
-    names = ['prediction', 'log loss', '95 %', 'behind', '95 %', 'verdict']
-    print_table(f'{compared.rows:,} held-out rows', names, rows)
-    if len(compared.settings): print_frame('Settings that differ', compared.settings)
-    print_frame('Costs', compared.costs)
-    if out: typer.echo(f"page: {write_report(out, 'Runs side by side', comparison_sections(compared))}")
-    if as_json: typer.echo(compared.table.set_index('prediction').to_json(orient='index'))
-
-# %% ../../../nbs/8_console/06_commands.ipynb #a754a95e
-def try_(
-    run: argument(Path, 'a finished run folder'),
-    prompt: option(str, 'what was asked', prompt='prompt') = '',
-    a: option(str, 'the first answer', '--a', prompt='answer A') = '',
-    b: option(str, 'the second answer', '--b', prompt='answer B') = '',
-    base: option(str, 'folder of the base model, where it has moved') = '',
-):
-    """What a run thinks of two answers of your own, and of the same two exchanged; what is not given is asked for.
-
-    Example: `underdog try runs/1/run --prompt 'Capital of France?' --a Paris --b Lyon`."""
-    from underdog.console.tryout import try_pair
-    from underdog.inference.settings import InferConfig
-    table, lines = try_pair(run, prompt, a, b, InferConfig(base=base))
-    print_frame('Probabilities', table)
-    typer.echo('\n'.join(lines))
-try_.__name__ = 'try'   # the command; the word belongs to Python
-
-# %% ../../../nbs/8_console/06_commands.ipynb #9b3b89da
-def export(
-    run: argument(Path, 'a finished run folder'),
-    out: option(Path, 'folder to write; one that is not an export is left alone') = Path('export'),
-    merged: option(bool, 'the adapter added into the weights, instead of the adapter alone', '--merged') = False,
-    base: option(str, 'folder of the base model, where it has moved') = '',
-):
-    """A finished run for others: PEFT's adapter or merged weights, its head, and a model card with its scores.
-
-    The folder can be sent to Kaggle Models: `underdog bundle --folder export --model me/name/transformers/variant`."""
-    from underdog.console.export import export_run
-    from underdog.machine import quiet
-    quiet()
-    files = export_run(run, out, merged, base)
-    print_table(str(out), ['file', 'bytes'], [(file.relative_to(out), file.stat().st_size) for file in files])
-
-
 # %% ../../../nbs/8_console/06_commands.ipynb #30dd194c
 _PREDICTIONS = dict(prior='class prior', length_floor='lengths and formats', tfidf_floor='TF-IDF difference',
                     model='model, one order', tta='model, both orders', blend='blend (cross-fitted)',
@@ -245,6 +203,7 @@ def demo(
     result = run_demo(out, train, test, seed)
     # on real rows nobody knows the best possible loss
     rows = [(text, 'unknown' if result[name] is None else result[name]) for name, text in _PREDICTIONS.items()]
+    rows[3:3] = [(f"best baseline: {result['best_baseline_name']}", result['best_baseline'])]
     title = f"Held-out log loss, {result['rows']} rows, {result['minutes']} minutes"
     print_table(title, ['prediction', 'log loss'], rows)
     typer.echo(result['verdict'])

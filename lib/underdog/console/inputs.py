@@ -8,7 +8,7 @@ __all__ = ['MUST', 'MAY', 'check_inputs']
 # %% ../../../nbs/8_console/05a_inputs.ipynb #86fa61c4
 from ..core import UserError, regular
 from ..kernels import check_parameters, find_kernel, kernel_parameters
-from ..machine import resolve_input
+from ..machine import on_kaggle, resolve_input
 from ..session import Clock
 
 # %% ../../../nbs/8_console/05a_inputs.ipynb #5dd85260
@@ -16,6 +16,7 @@ MUST = ('train_csv', 'test_csv', 'model')
 MAY = ('sample_submission', 'base', 'resume_from')
 _FILES = ('train_csv', 'test_csv', 'sample_submission', 'sweep')
 _MODELS = ('model', 'base')
+_ABOUT_MODELS = '; nothing is fetched from a hub here: download the model, then give its folder'
 _NEEDED = dict(train=MUST, infer=('run', 'test_csv'), blend=('runs', 'predictions'), sweep=('sweep',))
 
 # %% ../../../nbs/8_console/05a_inputs.ipynb #3513607d
@@ -24,7 +25,8 @@ def _check_path(name, value):
     try:
         path = resolve_input(value)
         if name in _FILES: regular(path)
-    except UserError as e: raise UserError(f'{name}: {e}') from None
+    except UserError as e:
+        raise UserError(f'{name}: {e}' + (_ABOUT_MODELS if name in _MODELS and not on_kaggle() else '')) from None
     if name in _MODELS and not (path/'config.json').is_file():
         raise UserError(f'{name}={value}: not a model folder (no config.json); give the folder that holds the weights')
     if name in ('run', 'runs') and not (path/'config.json').is_file():

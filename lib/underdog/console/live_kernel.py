@@ -7,7 +7,7 @@ __all__ = ['records_in', 'watch_kernel']
 
 # %% ../../../nbs/8_console/04g_live_kernel.ipynb #c5895820
 import re, threading, time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from ..core import UserError
@@ -19,7 +19,9 @@ from .runview import RunView
 
 # %% ../../../nbs/8_console/04g_live_kernel.ipynb #c5dce0fa
 _STEPS = re.compile(r'(\d+) steps to go|going on after step \d+ of (\d+)')
-_TRAIN = re.compile(r'train:\s+\d+%\|[^|]*\|\s*(\d+)/(\d+) .*?loss=([\d.]+|nan)(?:, tok_s=([\d,]+\d))?')
+_TRAIN = re.compile(r'train:\s+\d+%\|[^|]*\|\s*(\d+)/(\d+) .*?loss=([\d.]+|nan)(.*)')
+_BESIDE = re.compile(r'(tok_s|lr|gb)=([\d.,e+-]*\d)')   # where they stand: see `training.loop`
+_COLUMNS = dict(tok_s='tokens_per_s', lr='lr', gb='memory_gb')
 _HELD = re.compile(r'step (\d+): held-out log loss ([\d.]+) on ([\d,]+) rows \(([^)]*)\)')
 
 def records_in(events):
@@ -37,10 +39,12 @@ def records_in(events):
 
 def _of_bar(match, steps, seconds):
     "A list with the line that a bar of rows stands for, or an empty one before the first step."
-    done, total, loss, speed = match.groups()
+    done, total, loss, beside = match.groups()
     if not int(done) or not steps: return []
     line = dict(step=max(1, round(int(done)/int(total)*steps)), of=steps, loss=float(loss), elapsed_s=seconds)
-    return [line | (dict(tokens_per_s=float(speed.replace(',', ''))) if speed else {})]
+    for name, text in _BESIDE.findall(beside):
+        with suppress(ValueError): line[_COLUMNS[name]] = float(text.replace(',', ''))
+    return [line]
 
 def _of_evaluation(match):
     "The line that an evaluation's sentence stands for."

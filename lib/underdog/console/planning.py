@@ -12,7 +12,8 @@ from pathlib import Path
 import typer
 
 from ..core import UserError
-from .tables import argument, option, print_frame, print_table
+from .searching import scale, sweep
+from .tables import argument, option, print_table
 
 # %% ../../../nbs/8_console/07_planning.ipynb #dcd46c5f
 MODEL = argument(str, 'model folder, config.json, or a name, such as gemma-2-9b, qwen3-8b-base or '
@@ -68,13 +69,13 @@ def plan(
     if model.endswith(('.csv', '.parquet')) and not file: model, file = '', Path(model)
     if not model: return _rank(card, budget_hours, recipe, _lengths(file, '')[:rows or None], efficiency, json_)
     shape = model_shape(model)
-    # the arithmetic
     lengths = _lengths(file, model)[:rows or None]
     lines = make_plan(shape, card, recipe, lengths, test_rows=test_rows, efficiency=efficiency) + measured
     if json_:
         return typer.echo(json.dumps(dict(model=shape.name, accelerator=card.name, lines=[asdict(x) for x in lines])))
-    _print_plan(f'{shape.name} on {card.name}, {head} head, {quantization}', lines)
-    _print_verdict(f'{shape.name} fits on {card.name}', lines, budget_hours, _relay(shape.name, {}, recipe))
+    name = model if Path(model).exists() else shape.name
+    _print_plan(f'{name} on {card.name}, {head} head, {quantization}', lines)
+    _print_verdict(f'{name} fits on {card.name}', lines, budget_hours, _relay(shape.name, {}, recipe))
 
 # %% ../../../nbs/8_console/07_planning.ipynb #51946043
 # where Kaggle has a model; of the others the page says it
@@ -96,9 +97,16 @@ def _relay(model, changes, recipe):
             f'-p model={path}{chosen}')
 
 def _print_verdict(fits, lines, hours, command):
+    from underdog.session import duration
     training, = [line.value for line in lines if line.what == 'training']
-    within = 'within' if training <= hours else 'more than'
-    typer.echo(f'{fits}; its training takes {training:.1f} h, {within} the {hours:g} h of --hours. Ready:\n{command}')
+    takes = f'{training:.1f} h' if training >= 1 else duration(3600*training)
+    within, ready = ('within', 'Ready') if training <= hours else ('more than', 'If it is wanted all the same')
+    typer.echo(f'{fits}; its training takes {takes}, {within} the {hours:g} h of --hours. {ready}:')
+    _print_command(command)
+
+def _print_command(command):
+    typer.echo(command)
+    if 'OWNER/' in command: typer.echo("(OWNER/… is what the model's page on https://www.kaggle.com/models says)")
 
 def _rank(card, hours, recipe, lengths, efficiency, as_json):
     "Print every model on `card`, and which to take."
@@ -122,7 +130,8 @@ def _rank(card, hours, recipe, lengths, efficiency, as_json):
     if best is None:
         return typer.echo(f'no model fits on {card.name} within {hours:g} h: give more --hours or fewer --rows')
     typer.echo(f'the largest for {hours:g} h is {best.model}, {best.hours:.1f} h '
-               f'({best.from_hours:.1f} at efficiency .7, {best.to_hours:.1f} at .4):\n{command}')
+               f'({best.from_hours:.1f} at efficiency .7, {best.to_hours:.1f} at .4):')
+    _print_command(command)
 
 # %% ../../../nbs/8_console/07_planning.ipynb #c28f5388
 def _lengths(file, model):
@@ -141,8 +150,8 @@ def _measured(path, efficiency):
     return measured.accelerator, measured.efficiency or efficiency, list(measured.lines)
 
 def _print_plan(title, lines):
-    # two decimals for small fractions, none for what is large or a count
-    text = lambda x: f'{x:,.2f}' if x < 1000 and x != int(x) else f'{x:,.0f}'
+    # two decimals or digits for small fractions, none for what is large or a count
+    text = lambda x: f'{x:,.0f}' if x >= 1000 or x == int(x) else f'{x:.2f}' if x >= .1 else f'{x:.2g}'
     rows = [(line.what, text(line.value), line.unit, line.formula) for line in lines]
     print_table(title, ['what', 'value', 'unit', 'formula'], rows)
 
@@ -173,92 +182,6 @@ def _print_calibration(c, as_json):
         ('tokens a second, evaluation', round(c.evaluation_tokens_per_s)),
         ('peak memory, GB', f'{c.memory_gb:.2f}'),
     ])
-
-# %% ../../../nbs/8_console/07_planning.ipynb #55589153
-def sweep(
-    file: argument(Path, 'sweep.yaml: kernel, search (tpe, random, grid), trials, fixed, space, prune'),
-    out: option(Path, 'folder of the sweep: journal, a folder for each trial, trials.csv, sweep.png')
-        = Path('runs/sweep'),
-    hours: option(float, 'after which no trial is begun and the last one saves; 0: no limit') = 0.,
-):
-    """Train with many settings and find the best: a folder and an executed notebook for each, hopeless ones
-    ended early.
-
-    Killed at any point, the same command goes on; several processes may share one folder.
-    Example of a space: `lr: {low: 1e-5, high: 1e-3, log: true}`, `rank: [8, 16, 64]`."""
-    from underdog.search.sweep import read_sweep
-    from underdog.search.trials import run_sweep
-    from underdog.search.sweep_figures import write_figures
-    settings = read_sweep(file)
-    trials = run_sweep(settings, out, hours, typer.echo)
-    # the best first, with the cost that says something: that of GPUs where there are any
-    cost = 'gpu_s' if trials['gpu_s'].any() else 'cpu_s'
-    names = ['trial', *settings.space, 'state', 'loss', 'seconds', cost]
-    print_frame(f'{file.name}: best first', trials.sort_values('loss')[names])
-    if write_figures(settings, out): typer.echo(f"figure: {out/'sweep.png'}; trials: {out/'trials.csv'}")
-    failed = trials[trials['state'] == 'failed']
-    for name, reason in zip(failed['trial'], failed['why']): typer.echo(f'{name} failed: {reason}')
-
-# %% ../../../nbs/8_console/07_planning.ipynb #62ec862c
-def scale(
-    folders: argument(list[Path], 'run folders, or folders that hold some (a sweep)'),
-    at: option(int, 'rows of the full training, or its steps', min=1) = 57477,
-    by: option(str, 'what the loss falls with: rows (learned from), or steps, for runs of different epochs') = 'rows',
-    batch: option(int, 'rows per step of the full training, for its learning rate; 0: as in the runs', min=0) = 0,
-    out: option(Path, 'folder for the figures scale.png and learning_rate.png') = Path('runs'),
-    json_: option(bool, 'end with a line of JSON: "rates" and "losses" of each setting', '--json') = False,
-):
-    """Predict the loss on all of the data from runs on parts of it, for every setting, with intervals; noise is not
-    extrapolated.
-
-    Wants runs of the same settings on three sizes of data at least: `share: [.05, .1, .2, .4]` in the space of a sweep
-    makes them. `best` is the share of the draws in which a setting wins; `gain_per_hour` is what another hour of more
-    rows brings, `per_hour_over_cheapest` what an hour of the dearer setting brings.
-
-    Where three learning rates or more were tried at two sizes, the best one is also carried over to all of the data."""
-    from underdog.search.scaling import find_runs
-    # two sizes are enough for a learning rate, not for a law: the rates first
-    runs = find_runs(folders)
-    tables = dict(rates=_scale_rates(runs, at, by, batch, out=out), losses=_scale_losses(runs, at, by, out))
-    if json_: typer.echo(json.dumps({what: _records(table) for what, table in tables.items()}))
-
-# %% ../../../nbs/8_console/07_planning.ipynb #9a73e0fe
-def _scale_rates(runs, at, by, batch, out):
-    "Print and draw the best learning rates, of settings with which more than one was tried; the table, or None."
-    from underdog.search.learning_rate import best_rates, plot_rates, valleys
-    tried = {}
-    for setting, rates in valleys(runs, by).items():
-        _, sizes = rates
-        if any(len(lr) > 1 for lr, *_ in sizes.values()): tried[setting] = rates
-    if not tried: return None
-    # the table without its last column, which is told in words
-    rates = best_rates(tried, at, batch or None)
-    print_frame(f'best learning rate, {by} from few to {at:,}', rates.drop(columns='refused'))
-    refused = rates[rates['refused'] != '']
-    for setting, reason in zip(refused['setting'], refused['refused']): typer.echo(f'refused: {setting}: {reason}')
-    _save(plot_rates(tried, rates, by), out/'learning_rate.png')
-    return rates
-
-def _scale_losses(runs, at, by, out):
-    "Print and draw the loss of every setting at `at` rows or steps; the table."
-    from underdog.search.scaling import compare_settings, plot_laws, points_of
-    points = points_of(runs, by)
-    table = compare_settings(points, at)
-    # columns that say something, and in words what is refused
-    names = [c for c in table if table[c].notna().any() and c != 'refused']
-    print_frame(f'at {at:,} {by}', table[names])
-    for reason in filter(None, table['refused']): typer.echo(f'refused: {reason}')
-    _save(plot_laws(points, at, by), out/'scale.png')
-    return table
-
-def _records(table):
-    "A table (None: empty) as a list of objects; what is not known is null."
-    return [] if table is None else json.loads(table.to_json(orient='records'))
-
-def _save(figure, path):
-    from underdog.console.figures import save_figure
-    save_figure(figure, path, dpi=130)
-    typer.echo(f'figure: {path}')
 
 # %% ../../../nbs/8_console/07_planning.ipynb #c3871dd7
 AHEAD = (plan, sweep, scale)

@@ -62,7 +62,9 @@ def _print_text(title, columns, cells, file, coloured):
     if widths is None:
         return print(title, *(_block(columns, row, console.width) for row in cells), sep='\n\n', file=file)
 
-    table = Table(title=escape(title), title_justify='left')
+    # the title may be wider than the table
+    console.print(title, style='italic', markup=False, highlight=False)
+    table = Table()
     for i, (name, width) in enumerate(zip(columns, widths)):
         table.add_column(escape(name), justify='right' if _numbers(cells, i) else 'left', width=width)
     for row in cells:

@@ -46,7 +46,10 @@ def check_run(run, cfg):
     # is the base model the one it was trained on?
     config = run.config
     base = cfg.base or config['model']['path']
-    hash_here = base_hash(base)
+    try: hash_here = base_hash(base)
+    except UserError as e:
+        moved = '' if cfg.base else '; if the base model has moved, base says where it lies (--base, or -p base=…)'
+        raise UserError(f'{e}{moved}') from None
     if hash_here != config['base_hash']:
         raise UserError(f"{base}: not the base model of this run (hash {hash_here}, {config['base_hash']} wanted); "
                         'set base to the model it was trained on')

@@ -89,7 +89,7 @@ def fit(training, recorder=Silent(), session=None):
                 continue
             # a step
             figures = t.step()
-            bar.set_postfix(loss=f'{t.at.loss or math.nan:.4f}', tok_s=f'{t.at.tokens/t.at.busy_s:,.0f}', refresh=False)
+            bar.set_postfix_str(_beside_bar(t), refresh=False)
             bar.update(figures['rows'])
             # report it, and save when it is time
             last = t.at.step == len(t.plan)
@@ -110,14 +110,24 @@ def _evaluate(training, recorder):
     training.at.evaluated = recorder.evaluate(training.at.step) is not False
     training.evaluation_pace = max(training.evaluation_pace, 1.2*(time.monotonic() - began)/max(1, tokens))
 
+def _rate(training):
+    "The learning rate of the step that was just made."
+    # at.step counts this step, the schedule begins at 0
+    return training.cfg.lr*lr_factor(training.at.step - 1, len(training.plan), training.cfg.warmup)
+
+def _beside_bar(training):
+    "What stands beside the bar: who watches a kernel on Kaggle has nothing but its log (see `console.live_kernel`)."
+    at = training.at
+    return (f'loss={at.loss or math.nan:.4f}, tok_s={at.tokens/at.busy_s:,.0f}, lr={_rate(training):.3g}, '
+            f'gb={peak_memory_gb():.3g}')
+
 def _log(training, recorder, figures, began):
     "The line of metrics of the step that was just made."
-    # at.step counts this step, the schedule begins at 0
-    at, steps, cfg = training.at, len(training.plan), training.cfg
+    at, steps = training.at, len(training.plan)
     recorder.log(
         step=at.step,
         of=steps,
-        lr=cfg.lr*lr_factor(at.step - 1, steps, cfg.warmup),
+        lr=_rate(training),
         tokens=int(at.tokens),
         tokens_per_s=at.tokens/at.busy_s,
         elapsed_s=time.monotonic() - began,
