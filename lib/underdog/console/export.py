@@ -9,7 +9,7 @@ __all__ = ['write_peft', 'scores_of', 'model_card', 'export_run']
 import re, shutil
 from pathlib import Path
 
-from ..core import UserError, atomic_folder, coerce, read_json, write_json
+from ..core import UserError, atomic_folder, check_name, coerce, read_json, read_tensors, write_json
 from ..machine import resolve_input
 from ..runfolder import RunFolder, baselines_in, columns
 from ..data.competition import get_competition
@@ -21,13 +21,22 @@ from ..model.settings import ModelConfig
 from ..training.oof import oof_margin
 
 # %% ../../../nbs/8_console/04c_export.ipynb #49c75213
+def _whole_tensors(file):
+    "{name: tensor} of a file of weights; a broken one, or one with NaN, is a `UserError`."
+    tensors = read_tensors(file)
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise UserError(f'{file}: {name!r} has numbers that are not finite; train or copy it again')
+    return tensors
+
 def write_peft(adapter, folder, base):
     "Write the adapter in the folder `adapter` of a run to `folder` as PEFT does, and its head beside it."
     from peft import LoraConfig
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
     saved = read_json(adapter/'model.json')
     cfg = coerce(ModelConfig, saved['model'])
-    tensors = load_file(adapter/'adapter.safetensors')
+    tensors = _whole_tensors(adapter/'adapter.safetensors')
+    _whole_tensors(adapter/'head.safetensors')
     # peft names the adapter when it loads it
     tensors = {name.replace('.default.', '.'): t for name, t in tensors.items()}
     layers = sorted({re.sub(r'^base_model\.model\.|\.lora_[AB]\.weight$', '', name) for name in tensors})
@@ -159,6 +168,7 @@ def export_run(run, out, merged=False, base=''):
     # where the model's own weights were trained there is no adapter
     model = run.config['model']
     merged = merged or model.get('tuning', 'lora') != 'lora'
+    check_name(out)
     out, kind = Path(out), 'merged' if merged else 'adapter'
     if not merged and not model['rank']:
         raise UserError(f'{run.path}: has no adapter (rank=0), its head alone was trained; export it merged')

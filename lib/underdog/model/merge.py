@@ -12,9 +12,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
-from ..core import UserError, atomic_folder, coerce, first_line, read_record, write_json
+from ..core import UserError, atomic_folder, coerce, open_tensors, read_record, read_tensors, write_json
 from ..machine import resolve_input
 from .folder import backbone_config, base_hash, weight_files
 from .backbone import stays_on_host, stored_quantization
@@ -54,10 +53,7 @@ def _fill(parameters, file, what, optional=()):
     """Copy the tensors in `file` into the `parameters` of the same names; another name, another shape or NaN raises.
 
     Those whose names are `optional` may be missing and stay as they are."""
-    from safetensors.torch import load_file
-    try: tensors = load_file(file)
-    except Exception as e:
-        raise UserError(f'{file}: cannot be read ({first_line(e)}); copy the run folder again') from None
+    tensors = read_tensors(file)
     # every parameter has its tensor
     for name, p in parameters.items():
         if name in optional and name not in tensors: continue
@@ -108,7 +104,7 @@ def _stored_tensors(path, layers):
     "{name: (file, shape)} of the tensors in the model folder `path` that a backbone of `layers` layers may read."
     stored = {}
     for file in weight_files(path):
-        with safe_open(file, 'pt') as f:
+        with open_tensors(file) as f:
             for name in f.keys():
                 # the head over words is never used, nor are layers beyond the last
                 if name.startswith('lm_head.') or (block_of(name) or 0) >= layers: continue
@@ -164,10 +160,7 @@ def _adapter_keys(layer):
 
 def _check_adapters(file, stored, adapted, rank):
     "`UserError` unless `file` holds A and B of each of the `adapted` layers, and nothing else."
-    try:
-        with safe_open(file, 'pt') as f: there = {key: tuple(f.get_slice(key).get_shape()) for key in f.keys()}
-    except Exception as e:
-        raise UserError(f'{file}: cannot be read ({first_line(e)}); copy the run folder again') from None
+    with open_tensors(file) as f: there = {key: tuple(f.get_slice(key).get_shape()) for key in f.keys()}
     wanted = {}
     for name, layer in adapted.items():
         A, B = _adapter_keys(layer)
@@ -192,9 +185,9 @@ _SHARD_BYTES = 2**30   # of a file that is written: so much is in memory at a ti
 
 def _merged_tensors(stored, adapted, file, scaling, dtype):
     "(name, tensor) of the `stored` tensors, read one at a time, with the adapters of `file` added, in `dtype`."
-    with safe_open(file, 'pt') as adapters:
+    with open_tensors(file) as adapters:
         for name, (source, _) in stored.items():
-            with safe_open(source, 'pt') as f: tensor = f.get_tensor(name)
+            with open_tensors(source) as f: tensor = f.get_tensor(name)
             if name in adapted:
                 A, B = (adapters.get_tensor(key) for key in _adapter_keys(adapted[name]))
                 tensor = torch.add(tensor.float(), B.float() @ A.float(), alpha=scaling)
