@@ -175,9 +175,9 @@ def attack(world, kind, n, seed):
     folder = world.folder/'inputs'
     for case in drawn(cases(world), n, seed):
         args = set_up(world, folder, case)
-        # a training or an inference that was asked for may take its time
+        # a training or an inference that was asked for may take its time; the others start nobody
         long = case['args'][0] in ('run', 'doctor', 'try', 'export')
-        ended = do(lambda: command(args), world.log, limit_s=6*LIMIT_S if long else LIMIT_S)
+        ended = do(lambda: command(args), world.log, limit_s=6*LIMIT_S if long else LIMIT_S, warm=long)
         faults = ['hangs']*(ended.code is None) + ['tracebacks']*bool(ended.traceback)
         faults += ['half_written']*bool(half_written(folder/'out')) + ['orphans']*bool(orphans())
         kind.note(dump(dict(case, code=ended.code)), faults, ended)
