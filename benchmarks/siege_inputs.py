@@ -170,6 +170,10 @@ def set_up(world, folder, case):
     return [re.sub(rf"\b({'|'.join(places)})\b", lambda word: str(places[word[0]]), arg) for arg in case['args']]
 
 
+# what the parser of the command line says to the siege, not to a user's mistake
+NO_COMMANDS = ('No such option: --', 'No such command', 'Missing option', 'unexpected extra argument')
+
+
 def attack(world, kind, n, seed):
     "`n` commands."
     folder = world.folder/'inputs'
@@ -178,6 +182,7 @@ def attack(world, kind, n, seed):
         # a training or an inference that was asked for may take its time; the others start nobody
         long = case['args'][0] in ('run', 'doctor', 'try', 'export')
         ended = do(lambda: command(args), world.log, limit_s=6*LIMIT_S if long else LIMIT_S, warm=long)
+        if any(text in ended.text for text in NO_COMMANDS): raise SystemExit(f'no such command: {args}\n{ended.text}')
         faults = ['hangs']*(ended.code is None) + ['tracebacks']*bool(ended.traceback)
         faults += ['half_written']*bool(half_written(folder/'out')) + ['orphans']*bool(orphans())
         kind.note(dump(dict(case, code=ended.code)), faults, ended)
