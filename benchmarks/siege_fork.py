@@ -5,6 +5,7 @@ run in the process that asks for them. The watching process takes in orphans, so
 import contextlib
 import ctypes
 import faulthandler
+import gc
 import importlib.util
 import os
 import signal
@@ -31,6 +32,9 @@ def load_everything():
     from underdog.machine import quiet
     quiet()
     torch.set_num_threads(1)
+    # pages that no collection writes to stay shared with the forks
+    gc.collect()
+    gc.freeze()
     # PR_SET_CHILD_SUBREAPER: whoever loses its parent becomes ours
     with contextlib.suppress(OSError, AttributeError): ctypes.CDLL(None).prctl(36, 1)
 
@@ -170,9 +174,9 @@ class Job:
         return Ended(None if why else self.returncode, f'{self.log.read_text(errors="replace")}\n{why}'.strip())
 
 
-def do(work, log, limit_s=10.):
+def do(work, log, limit_s=10., warm=True):
     "`work()` in a child; how that `Ended`."
-    return Job(work, log).end(limit_s)
+    return Job(work, log, warm).end(limit_s)
 
 
 KEPT = set()   # processes that are no part of any job

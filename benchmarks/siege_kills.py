@@ -15,6 +15,7 @@ from benchmarks.siege_fork import KEPT, Job, descendants, do, orphans
 
 TESTS = Path(__file__).resolve().parents[1]/'tests'
 WAYS = ('all', 'all', 'parent', 'worker', 'youngest', 'SIGTERM', 'SIGINT', 'SIGTERM to all')
+MOST = 6   # kills of a run
 SETTINGS = dict(quantization='none', rank=4, max_length=96, batch_rows=4, n_folds=3, lr=1e-2, head_lr=1e-2,
                 probe_rows=0, epochs=1.0, evaluations=2)
 
@@ -218,7 +219,7 @@ def whole_of(world, name):
 
 
 def attack(world, kind, n, seed, only=tuple(TARGETS)):
-    "`n` kills, up to three of a run before it comes to its end; a case is a kill."
+    "`n` kills, up to `MOST` of a run before it comes to its end; a case is a run."
     rng, seconds = random.Random(seed), {}
     if 'relay' in only: start_kaggle(world)
     for name in only:
@@ -237,7 +238,7 @@ def attack(world, kind, n, seed, only=tuple(TARGETS)):
         out = world.folder/f'{name}-{run}'
         shutil.rmtree(out, ignore_errors=True)
         faults, events, ended = disturb(world, name, out, rng=rng, seconds=seconds[whole_of(world, name)],
-                                        kills=rng.randint(1, 3))
+                                        kills=rng.randint(1, MOST))
         struck = sum(' after ' in event for event in events)
         kills += struck
         kind.counts['kills'] += struck

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from test_doctor import damage
 from typer.testing import CliRunner
 
 from underdog.console.export import export_run
@@ -72,6 +73,18 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_left(finished, world,
     shutil.rmtree(tmp_path/'unfinished'/'adapter')
     with pytest.raises(UserError, match='finish the training'): export_run(tmp_path/'unfinished', tmp_path/'out')
     assert sorted(p.name for p in tmp_path.iterdir()) == ['mine', 'unfinished']
+
+
+@pytest.mark.parametrize('name', ['adapter', 'head'])
+def test_damaged_weights_are_not_passed_on(finished, tmp_path, name):
+    for how in ('empty', 'cut', 'name', 'nan', 'gone'):
+        shutil.copytree(finished.path, tmp_path/'run')
+        damage(tmp_path/'run'/'adapter'/f'{name}.safetensors', how)
+        for merged in (False, True):
+            with pytest.raises(UserError, match=f'{name}.safetensors: '):
+                export_run(tmp_path/'run', tmp_path/'out', merged)
+        shutil.rmtree(tmp_path/'run')
+        assert not list(tmp_path.iterdir()), how
 
 
 def test_the_command_writes_over_its_own_export(finished, tmp_path):

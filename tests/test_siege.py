@@ -47,6 +47,18 @@ def test_a_forked_job_ends_as_a_process_does(tmp_path, monkeypatch, name, code, 
     assert (ended.code, ended.traceback) == (code, traceback) and ended.text.startswith('at work')
 
 
+def test_the_siege_asks_for_options_that_there_are():
+    "Else a command ends at its command line, and what was damaged is never looked at."
+    import typer
+    from benchmarks.siege_inputs import OF_A_BASE, OF_A_RUN, OPTIONS
+
+    from underdog.console.main import app
+    known = {name: {option for p in command.params for option in p.opts}
+             for name, command in typer.main.get_command(app).commands.items()}
+    for name, options in OPTIONS.items(): assert set(options) <= known[name]
+    for args in (*OF_A_RUN, *OF_A_BASE): assert {x for x in args if x.startswith('-')} <= known[args[0]], args
+
+
 @slow
 def test_damage_kills_and_full_disks_cost_nothing():
     figures = run('siege', '--only', 'scored', '--only', 'kills', '--only', 'disks', '--cases', '3')

@@ -229,6 +229,7 @@ def test_a_limit_ends_it_and_the_next_session_goes_on(tmp_path, kernel):
     (dict(space=dict(lr=dict(low=1e-2, high=1e-4))), 'is empty'),
     (dict(space=dict(lr=[])), 'the list is empty'),
     (dict(space={}), 'space is empty'),
+    (dict(space=None), 'no space'),
     (dict(space=dict(lr=dict(low=0, high=1, log=True))), 'begins above 0'),
     (dict(space=dict(lr=dict(low=1e-4, most=1))), "unknown key 'most'"),
     (dict(space=dict(lr=dict(low=1e-4))), 'low and high are both wanted'),

@@ -155,8 +155,12 @@ def test_a_report_names_its_files(odd):
     assert read_json(odd/f'{ODD}.json') == {ODD: [ODD]}
 
 
-def test_a_run_whose_name_parquet_does_not_take_ends_in_a_line(finished, odd):
+@pytest.mark.parametrize('args', [
+    ['compare', ODD, '[b]$x$', '--out', f'{ODD}.html', '--json'], ['compare', '[b]$x$', ODD], ['scale', ODD],
+    ['try', ODD, '--prompt', 'x', '--a', 'y', '--b', 'z'], ['export', ODD, '--out', 'out'],
+    ['export', '[b]$x$', '--out', ODD]], ids=lambda args: args[0])
+def test_a_run_whose_name_parquet_does_not_take_ends_in_a_line(finished, odd, args):
+    "It says that the name is to blame, not the files in it."
     for name in (ODD, '[b]$x$'): shutil.copytree(finished.path, odd/name)
-    args = ['compare', ODD, '[b]$x$', '--out', f'{ODD}.html', '--json']
     kind, text, left = bad_inputs.outcome(bad_inputs.Case(odd, args), limit=600)
-    assert kind == 'message' and 'caf\\udce9' in text and not left, text
+    assert kind == 'message' and 'caf\\udce9: this name is not UTF-8' in text and 'rename' in text and not left, text

@@ -133,6 +133,12 @@ def test_no_worker_left_says_why():
     assert 'worker 0 on bad: ended with code -9' in str(e.value) and 'this device is broken' in str(e.value)
 
 
+def test_a_mistake_of_the_users_is_told_once_and_alone():
+    with Workers(partial(squares, ''), ['broken', 'broken']) as workers:
+        with pytest.raises(UserError) as e: workers.run(list(range(60)), lambda i, result: None, quiet)
+    assert str(e.value) == 'this device is broken'
+
+
 def same(a, b, **tolerance):
     columns = [c for c in a if c.startswith(('p_', 'one_'))]
     assert a['id'].tolist() == b['id'].tolist()

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from .core import (
-    UserError, append_line, atomic_path, atomic_write, disk_full, read_lines, read_record, read_table, write_json)
+from underdog.core import (
+    UserError, append_line, atomic_path, atomic_write, check_name, disk_full, read_lines, read_record, read_table,
+    write_json)
 from .machine import resolve_input
 
 # %% ../../nbs/04_runfolder.ipynb #562db827
@@ -77,6 +78,7 @@ class RunFolder:
     def open(cls, path):
         "The run at `path` (a local path or a Kaggle input); `UserError` when it is not a run folder."
         run = cls(resolve_input(path))
+        check_name(run.path)
         if not run.config_file.is_file():
             raise UserError(f'{run.path}: not a run folder (no config.json); give the folder that training wrote')
         config = run.config

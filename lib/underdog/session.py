@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from .core import Settings, UserError
+from .core import Settings, UserError, check_name
 from .machine import on_kaggle
 
 # %% ../../nbs/02_session.ipynb #648de610
@@ -140,9 +140,7 @@ def locked(folder, wait=0.):
     """Hold `folder` (made if missing) for this process and for subprocesses that get the yielded descriptor.
 
     `UserError` while another holds it, after `wait` seconds; who only looks (`last_holder`) holds it for an instant."""
-    try: str(folder).encode()
-    except UnicodeEncodeError:
-        raise UserError(f'{folder}: this name is not UTF-8, and parquet files want it to be; give another') from None
+    check_name(folder)
     Path(folder).mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + max(wait, _INSTANT)
     with open(Path(folder)/'.lock', 'a+', opener=_no_link) as f:

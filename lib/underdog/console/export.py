@@ -9,7 +9,7 @@ __all__ = ['write_peft', 'scores_of', 'model_card', 'export_run']
 import re, shutil
 from pathlib import Path
 
-from ..core import UserError, atomic_folder, coerce, read_json, write_json
+from ..core import UserError, atomic_folder, check_name, coerce, read_json, write_json
 from ..machine import resolve_input
 from ..runfolder import RunFolder, baselines_in, columns
 from ..data.competition import get_competition
@@ -17,6 +17,7 @@ from ..data.floors import best_floor
 from ..data.metrics import score_table
 from ..inference.job import check_run
 from ..inference.settings import InferConfig
+from ..model.merge import merge, whole_tensors
 from ..model.settings import ModelConfig
 from ..training.oof import oof_margin
 
@@ -24,10 +25,11 @@ from ..training.oof import oof_margin
 def write_peft(adapter, folder, base):
     "Write the adapter in the folder `adapter` of a run to `folder` as PEFT does, and its head beside it."
     from peft import LoraConfig
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
     saved = read_json(adapter/'model.json')
     cfg = coerce(ModelConfig, saved['model'])
-    tensors = load_file(adapter/'adapter.safetensors')
+    tensors = whole_tensors(adapter/'adapter.safetensors')
+    whole_tensors(adapter/'head.safetensors')
     # peft names the adapter when it loads it
     tensors = {name.replace('.default.', '.'): t for name, t in tensors.items()}
     layers = sorted({re.sub(r'^base_model\.model\.|\.lora_[AB]\.weight$', '', name) for name in tensors})
@@ -159,6 +161,7 @@ def export_run(run, out, merged=False, base=''):
     # where the model's own weights were trained there is no adapter
     model = run.config['model']
     merged = merged or model.get('tuning', 'lora') != 'lora'
+    check_name(out)
     out, kind = Path(out), 'merged' if merged else 'adapter'
     if not merged and not model['rank']:
         raise UserError(f'{run.path}: has no adapter (rank=0), its head alone was trained; export it merged')
@@ -166,7 +169,6 @@ def export_run(run, out, merged=False, base=''):
         raise UserError(f'{out}: exists and was not written by `underdog export`; give another folder')
     with atomic_folder(out) as tmp:
         if merged:
-            from underdog.model.merge import merge
             merge(run.adapter, tmp/'model', base=base)
             for file in (tmp/'model').iterdir(): file.replace(tmp/file.name)
             (tmp/'model').rmdir()

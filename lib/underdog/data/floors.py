@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..core import UserError, atomic_path, read_record, write_json
+from ..core import UserError, atomic_path, read_record, read_tensors, write_json
 from ..machine import resolve_input
 from ..session import progress_bar
 from .competition import get_competition
@@ -184,7 +184,6 @@ class Floors:
     @classmethod
     def load(cls, folder):
         "The baselines that `save` wrote; a folder that is not whole raises `UserError`."
-        from safetensors.numpy import load_file
         folder = resolve_input(folder)
         # what it is; an earlier build did not say which
         meta = read_record(folder/'floors.json', competition=str, baselines=list)
@@ -195,8 +194,7 @@ class Floors:
 
         # what was fitted
         file = folder/'floors.safetensors'
-        try: tensors = load_file(file)
-        except Exception as e: raise UserError(f'{file}: cannot be read ({e}); copy the run folder again') from None
+        tensors = read_tensors(file, 'np')
         for name, shape in _shapes(comp.n_classes, names).items():
             if name in tensors and _fits(tensors[name], shape): continue
             raise UserError(f'{file}: {name} is missing or does not fit {comp.name}; fit the baselines again')

@@ -139,7 +139,7 @@ class Workers:
     def __init__(self, start, devices):
         self.start, self.devices, self.began = start, devices, time.monotonic()
         self.alive, self.reasons = {}, []   # connection -> _Worker; why the others ended
-        self.hopeless = True                # was each of these a mistake of the user's?
+        self.mistakes = []                  # of these, what the user can mend
         self.load_s = self.busy_s = 0.
         for number in range(len(devices)): self._start(number)
 
@@ -236,21 +236,25 @@ class Workers:
         worker.process.join(10)
         reason = message.reason or f'ended with code {worker.process.exitcode}'
         self.reasons.append(f'worker {worker.number} on {self.devices[worker.number]}: {reason}')
-        self.hopeless &= message.hopeless
+        if message.hopeless: self.mistakes.append(message.reason)
         back = run.queue.hand_back(connection)
         dropped = len(run.queue.dropped)
         # one that could not load would not load again
         again = worker.ready and worker.lives > 1 and not message.hopeless
         if again: self._start(worker.number, worker.lives - 1)
+        if self._all_mistakes(): return   # the error says it
         text = f'{self.reasons[-1]}; its {len(back)} parts go back into the queue'
         if dropped: text += f', {dropped} were given up'
         if again: text += ', it starts again'
         run.log(text, flush=True)
 
     def _none_left(self, run):
-        kind = UserError if self.hopeless else RuntimeError
-        return kind(f'no worker is left, {run.queue.left} of {len(run.parts)} parts are not computed: '
-                    + '; '.join(self.reasons))
+        "The error of a `run` without workers: the user's mistakes, each once, or what became of each worker."
+        if self._all_mistakes(): return UserError('; '.join(dict.fromkeys(self.mistakes)))
+        return RuntimeError(f'no worker is left, {run.queue.left} of {len(run.parts)} parts are not computed: '
+                            + '; '.join(self.reasons))
+
+    def _all_mistakes(self): return not self.alive and len(self.mistakes) == len(self.reasons)
 
     def _stop(self, run):
         "The time is up: kill what is at work or still loading."

@@ -11,9 +11,9 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
+from ..core import open_tensors
 from ..machine import resolve_input
 from ..text.heads import HEADS
 from ..text.pack import Packed
@@ -35,7 +35,7 @@ def _find_tensors(path, ends):
     "Tensors of a model folder by the end of their names: dict end -> tensor, float32, those that are there."
     tensors = {}
     for file in weight_files(path):
-        with safe_open(file, 'pt') as f:
+        with open_tensors(file) as f:
             for key in f.keys():
                 for end in ends:
                     if key == end or key.endswith(f'.{end}'): tensors[end] = f.get_tensor(key).float()

@@ -90,7 +90,7 @@ def _read_yaml(path):
     known = Sweep.__dataclass_fields__
     for name in values:
         if name not in known: raise UserError(f'{path}: unknown key {name!r}: {nearest(name, known)}')
-    if 'space' not in values: raise UserError(f'{path}: no space; say which parameters are searched')
+    if values.get('space') is None: raise UserError(f'{path}: no space; say which parameters are searched')
     return values
 
 _WIDTH = 10   # of the range of `lr: auto`: that many times above and below the usual one
