@@ -108,22 +108,24 @@ def _solve(rows, tie, ridges, start=None):
         solver.step(closure)
     return _Values(*(None if v is None else v.detach() for v in at))
 
-def _choose(rows, part, tie, candidates, sure=0.):
-    """(the pair of ridges among `candidates` with the least out-of-fold loss, that loss); `part` (n,): the folds.
+def _choose(rows, groups, k, tie, candidates, sure):
+    """(the pair of ridges among `candidates` with the least out-of-fold loss, that loss), over `k` folds by `groups`.
 
     The strongest stands first; a weaker one starts where that before it ended, and after two that were worse than the
-    best none is tried. The first one stays unless another gains `sure` standard errors on it; with a single fold, where
-    nothing can be held out, it is it, and NaN."""
+    best none is tried. The first one stays unless another gains `sure` standard errors on it, over groups; with a
+    single fold, where nothing can be held out, it is it, and NaN."""
+    part = groups % k
     folds = [(rows[np.flatnonzero(part != k)], rows[np.flatnonzero(part == k)]) for k in np.unique(part)]
     if len(folds) == 1: return candidates[0], np.nan
     losses, ends = [], [None]*len(folds)
     for ridges in candidates:
         ends = [_solve(others, tie, ridges, end) for (others, _), end in zip(folds, ends)]
-        losses.append(torch.cat([held.losses(end) for (_, held), end in zip(folds, ends)]).numpy())
+        losses.append(np.empty(len(part)))
+        for i, (_, held) in enumerate(folds): losses[-1][part == i] = held.losses(ends[i]).numpy()
         best = int(np.argmin([loss.mean() for loss in losses]))
         if len(losses) - best > 2: break
-    gain = losses[0] - losses[best]
-    if gain.mean() < sure*gain.std()/len(gain)**.5: best = 0
+    gain = np.bincount(groups, losses[0] - losses[best])
+    if gain.sum() < sure*gain.std()*len(gain)**.5: best = 0
     return candidates[best], float(losses[best].mean())
 
 def _gap(rows, part, tie, ridges, at):
@@ -149,16 +151,16 @@ def fit_probe(x, y, means=None, offset=None, tie=None, groups=None, strengths=No
     scale, rows = size(x), _Rows(x/size(x), None, y, offset)
     # choose the ridges out of fold; with a single group nothing can be held out
     strengths = strengths or _STRENGTHS
-    part = np.unique(np.arange(len(x)) if groups is None else groups, return_inverse=True)[1] % k
-    best, loss = _choose(rows, part, tie, [(ridge, np.inf) for ridge in strengths], sure=_SURE[0])
+    groups = np.unique(np.arange(len(x)) if groups is None else groups, return_inverse=True)[1]
+    best, loss = _choose(rows, groups, k, tie, [(ridge, np.inf) for ridge in strengths], sure=_SURE[0])
     if means is not None:
         centre = means.mean(0)
         tie_scale = size(means - centre)
         rows = replace(rows, means=(means - centre)/tie_scale)
-        best, loss = _choose(rows, part, tie, [(best[0], ridge) for ridge in strengths], sure=_SURE[1])
+        best, loss = _choose(rows, groups, k, tie, [(best[0], ridge) for ridge in strengths], sure=_SURE[1])
     # fit it on all rows
     at = _solve(rows, tie, best)
-    gap = _gap(rows, part, tie, best, at)
+    gap = _gap(rows, groups % k, tie, best, at)
     if means is None: return Probe((at.w/scale).float(), None, at.tie, best, loss, gap)
     u = at.u/tie_scale
     return Probe((at.w/scale).float(), u.float(), at.tie - u @ centre, best, loss, gap)
@@ -191,7 +193,8 @@ def _fit_stored(head, features, fit):
     line = (f"the head is the reward model's own, times {float(probe.weights):.3g}: out-of-fold log loss without "
             f'training {alone.loss:.4f} on {len(x)} rows, where the class prior has {loss(prior):.4f}')
     if offset is not None: line += f'; with the baseline {probe.loss:.4f}, the baseline alone {loss(offset):.4f}'
-    return tensors, probe.gap, line + '. If the reward model was trained on rows of this competition, these losses are too low'
+    line += '. If the reward model was trained on rows of this competition, these losses are too low'
+    return tensors, probe.gap, line
 
 # %% ../../../nbs/4_training/06_probe.ipynb #83092b25
 def start_from_probe(model, data, groups, rows, seed=0, accelerator=None, unseen=None):
