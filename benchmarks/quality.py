@@ -1,7 +1,7 @@
 """Who predicts best with the same CPU seconds, on the same rows and folds?
 
     python -m benchmarks.quality --train FILE [FILE ...] [--folds 2] [--share .5] [--layers 3] [--max-length 112]
-                                 [--epochs 1] [--rows 0] [--out DIR]
+                                 [--epochs 1] [--rows 0] [--without-peers] [--out DIR]
 
 Every prompt-grouped fold of every file is trained by underdog: the `pair` head on SmolLM2's lower layers, from its best
 baseline. What that took, from the file to the held-out predictions, is the budget of the others, which learn from the
@@ -27,12 +27,12 @@ from benchmarks.quality_peers import Answer, Task, frozen, trainer   # noqa: E40
 from underdog.core import atomic_path, read_json, write_json   # noqa: E402
 from underdog.runfolder import RunFolder, baselines_in, columns   # noqa: E402
 from underdog.data.competition import get_competition   # noqa: E402
-from underdog.data.floors import best_floor   # noqa: E402
 from underdog.data.metrics import bootstrap_ci, log_loss, paired_ci   # noqa: E402
 from underdog.data.rows import read_rows   # noqa: E402
 from underdog.inference.blend import contained, cross_fit   # noqa: E402
 
-OURS, BLEND, STACK = 'underdog, model', 'underdog, blend', "the student's stack (our baselines)"
+OURS, BLEND, START = 'underdog, model', 'underdog, blend', 'the baseline it starts from'
+STACK = "the student's stack (our baselines)"
 PEERS = {'frozen embeddings, logistic regression': 'frozen', 'Trainer, LoRA': 'trainer'}
 
 
@@ -106,7 +106,7 @@ def peer(name, out, fold, task):
 
 
 # ---- compared
-def pooled(out, texts, settings):
+def pooled(out, texts, settings, peers=PEERS):
     "(y, {side: probabilities}, groups, {side: CPU seconds a fold}, rows learned from) of a file, all folds together."
     runs = [RunFolder.open(out/f'ours-{k}') for k in range(settings.folds)]
     comp = get_competition(runs[0].config['competition'])
@@ -114,15 +114,14 @@ def pooled(out, texts, settings):
     oof = pd.concat(tables, ignore_index=True)
     of = lambda prefix: oof[columns(prefix, comp)].to_numpy()
     groups = pd.factorize(pd.MultiIndex.from_frame(oof[['fold', 'group']]))[0]
-    # ours: the blend of model and best baseline by weights of other prompts
+    # ours: what each fold started from, chosen on its training rows; the blend by weights of other prompts
     y, baselines = of('y'), {name: of(f'floor_{name}') for name in baselines_in(oof)}
-    best = best_floor(y, baselines)
-    sides = {'class prior': baselines['prior'], STACK: baselines['stack'], OURS: of('p'),
-             BLEND: cross_fit(y, dict(model=of('p'), baseline=baselines[best]), groups,
-                              ['baseline'] if contained(runs, best) else [])}
+    start = np.stack([baselines[name][i] for i, name in enumerate(oof['best'])])
+    sides = {'class prior': baselines['prior'], STACK: baselines['stack'], START: start, OURS: of('p'),
+             BLEND: cross_fit(y, dict(model=of('p'), baseline=start), groups, contained(runs, 'baseline'))}
     seconds = {OURS: np.mean([read_json(run.path/'seconds.json')['seconds'] for run in runs])}
     # theirs
-    for title, name in PEERS.items():
+    for title, name in peers.items():
         answers = [peer(name, out, k, task_of(run, texts, settings)) for k, run in enumerate(runs)]
         sides[title] = np.vstack([answer.p for answer in answers])
         seconds[title] = np.mean([answer.seconds for answer in answers])
@@ -140,14 +139,27 @@ def figures_of(y, sides, groups):
     return figures
 
 
+_EQUAL = 1e-6   # nats
+
 def verdict(figures):
     "Where underdog stands: first, tied with whoever is first, or behind."
     mine = {name: figures[name]['loss'] for name in (OURS, BLEND)}
-    others = {name: f['loss'] for name, f in figures.items() if name not in mine}
+    others = {name: f['loss'] for name, f in figures.items() if name not in (*mine, START)}
     first = min(others, key=others.get)
-    if min(mine.values()) < others[first]: return 'first'
-    low, _ = figures[first]['behind_interval']
-    return f'tied with {first}' if low < 0 < figures[first]['behind_interval'][1] else f'behind {first}'
+    ahead = others[first] - min(mine.values())
+    if ahead > _EQUAL: return 'first'
+    # a model that has earned nothing is its baseline
+    low, high = figures[first]['behind_interval']
+    return f'tied with {first}' if ahead >= -_EQUAL or low < 0 < high else f'behind {first}'
+
+
+def promises(y, sides, groups):
+    "What a model may not cost: {which: (difference in log loss, its interval)}, below 0 is a gain."
+    part = min((OURS, START), key=lambda name: log_loss(y, sides[name]))
+    pairs = {'model less its start': (OURS, START), 'blend less its best part': (BLEND, part),
+             'blend less the stack': (BLEND, STACK)}
+    return {name: [round(v, 4) for v in paired_ci(y, *(sides[side] for side in pair), groups)]
+            for name, pair in pairs.items()}
 
 
 def show(name, figures, seconds):
@@ -171,6 +183,7 @@ def main():
     parser.add_argument('--max-length', type=int, default=112, help='tokens of an answer with its prompt')
     parser.add_argument('--epochs', type=float, default=1., help='of underdog; its CPU seconds are the budget')
     parser.add_argument('--rows', type=int, default=0, help='of each file, the first ones; 0: all')
+    parser.add_argument('--without-peers', action='store_true', help='only what underdog does')
     args = parser.parse_args()
     settings = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)})
     files, results = [some_rows(file, args.out, args.rows) for file in args.train], {}
@@ -180,12 +193,15 @@ def main():
     for file in files:
         df, _ = read_rows(file)
         texts = df.drop_duplicates('id').set_index('id')[['prompt', 'response_a', 'response_b']]
-        y, sides, groups, seconds, learned = pooled(args.out/file.stem, texts, settings)
+        y, sides, groups, seconds, learned = pooled(args.out/file.stem, texts, settings,
+                                                      {} if args.without_peers else PEERS)
         figures = figures_of(y, sides, groups)
         show(f'{file.name}: {len(y):,} rows, {learned:.0f} to learn from in each fold', figures, seconds)
-        place = verdict(figures)
-        print(f'underdog is {place}', flush=True)
-        results[file.stem] = dict(rows=len(y), learned=float(learned), underdog=place, seconds=seconds, sides=figures)
+        place, kept = verdict(figures), promises(y, sides, groups)
+        print(f'underdog is {place}')
+        for name, (gain, low, high) in kept.items(): print(f'{name}: {gain:+.4f} [{low:+.4f}, {high:+.4f}]', flush=True)
+        results[file.stem] = dict(rows=len(y), learned=float(learned), underdog=place, **kept, seconds=seconds,
+                                  sides=figures)
     last_line(dict(settings=asdict(settings), files=json.loads(json.dumps(results, default=float))))
 
 

@@ -183,7 +183,7 @@ def recorded(world, tmp_path):
     from accelerate import Accelerator
 
     def begin(**changes):
-        cfg = TrainConfig(**dict(n_folds=3, batch_rows=8, probe_rows=0) | changes)
+        cfg = TrainConfig(**dict(n_folds=3, batch_rows=8, probe_rows=0, shrink='none') | changes)
         model = ModelConfig(str(world/'llama'), quantization='none', rank=4)
         described = describe(world/'train.csv', model, PromptConfig(max_length=128, min_keep=4), cfg)
         run = prepare(tmp_path/'run', described)

@@ -24,7 +24,7 @@ from underdog.model.memory import recompute_only, workspace
 from underdog.model.merge import load_adapter, load_merged, merge, save_adapter
 from underdog.model.model import load_model
 from underdog.model.settings import ModelConfig
-from underdog.training import step
+from underdog.training import objective
 from underdog.training.budget import plan_memory
 from underdog.training.checkpoint import Checkpoints
 from underdog.training.loop import fit, rehearse
@@ -201,9 +201,9 @@ def test_where_the_disk_holds_no_more_one_checkpoint_is_kept(tmp_path, monkeypat
 
 
 def test_gradients_are_summed_in_messages_that_hold_each_once(monkeypatch):
-    monkeypatch.setattr(step, 'MESSAGE', 100)
+    monkeypatch.setattr(objective, 'MESSAGE', 100)
     params = [torch.nn.Parameter(torch.zeros(n)) for n in (30, 60, 11, 250, 1, 99, 1)]
-    lists = step._messages(params)
+    lists = objective._messages(params)
     assert [[p.numel() for p in params] for params in lists] == [[30, 60], [11], [250], [1, 99], [1]]
     assert all(a is b for a, b in zip(params, (p for params in lists for p in params)))
 

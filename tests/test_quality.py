@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.quality import BLEND, OURS, STACK, figures_of, some_rows, verdict   # noqa: E402
+from benchmarks.quality import BLEND, OURS, STACK, START, figures_of, promises, some_rows, verdict   # noqa: E402
 from benchmarks.quality_peers import Classified   # noqa: E402
 
 
@@ -26,6 +26,17 @@ def test_first_tied_and_behind_are_told_apart():
     half = np.where(groups[:, None] % 2, sure(y, .335), sure(y, .09))
     assert verdict(figures_of(y, sides | {STACK: half}, groups)) == f'tied with {STACK}'
     assert verdict(figures_of(y, sides | {STACK: sure(y, .5)}, groups)) == f'behind {STACK}'
+
+
+def test_a_model_that_is_its_baseline_is_tied_with_it():
+    y = np.eye(3)[np.random.default_rng(0).integers(0, 3, 300)]
+    stack, groups = sure(y, .1), np.arange(300)
+    sides = {OURS: stack, BLEND: sure(y, .09), STACK: stack, START: stack, 'Trainer, LoRA': sure(y, .05)}
+    figures = figures_of(y, sides, groups)
+    assert figures[STACK]['behind_interval'][1] < 0, 'the blend is behind on every row'
+    assert verdict(figures) == f'tied with {STACK}'
+    kept = promises(y, sides, groups)
+    assert kept['model less its start'] == [0, 0, 0] and kept['blend less its best part'][1] > 0
 
 
 class Words:

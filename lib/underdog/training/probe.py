@@ -47,7 +47,7 @@ def pair_features(model, source, rows, budget=8192, accelerator=None):
 # %% ../../../nbs/4_training/06_probe.ipynb #28d1ac28
 # of the ridge on standardized features, the strongest first; infinite: no weights
 _STRENGTHS = (np.inf, 3., 1., .3, .1, .03, .01, .003)
-_SURE = 2   # standard errors that weights of ties must gain on none
+_SURE = (1, 2)   # standard errors that weights must gain on none: of the differences, of ties
 
 class Probe(NamedTuple):
     "What a probe has found."
@@ -56,6 +56,7 @@ class Probe(NamedTuple):
     tie: torch.Tensor | None           # the tie parameter; None with two classes
     ridges: tuple                      # the strengths that were chosen, of both weights
     loss: float                        # out-of-fold log loss with them; NaN where nothing could be held out
+    gap: torch.Tensor                  # (n, C) float32: the logits of each row out of fold, less those of the weights
 
 class _Values(NamedTuple):
     "What is fitted."
@@ -74,12 +75,16 @@ class _Rows:
     def __getitem__(self, i):
         return _Rows(*(None if v is None else v[i] for v in (self.x, self.means, self.y, self.offset)))
 
-    def losses(self, at):
-        "(n,) log losses with the `_Values`."
+    def logits(self, at):
+        "(n, C) of the `_Values` alone."
         s = self.x @ at.w
         logits = [s/2, -s/2]
         if at.tie is not None: logits.append(at.tie + (s*0 if self.means is None else self.means @ at.u))
-        z = torch.stack(logits, -1)
+        return torch.stack(logits, -1)
+
+    def losses(self, at):
+        "(n,) log losses with the `_Values`."
+        z = self.logits(at)
         if self.offset is not None: z = z + self.offset
         return -(self.y*torch.log_softmax(z, -1)).sum(-1)
 
@@ -103,23 +108,35 @@ def _solve(rows, tie, ridges, start=None):
         solver.step(closure)
     return _Values(*(None if v is None else v.detach() for v in at))
 
-def _choose(rows, part, tie, candidates, sure=0.):
-    """(the pair of ridges among `candidates` with the least out-of-fold loss, that loss); `part` (n,): the folds.
+def _choose(rows, groups, k, tie, candidates, sure):
+    """(the pair of ridges among `candidates` with the least out-of-fold loss, that loss), over `k` folds by `groups`.
 
     The strongest stands first; a weaker one starts where that before it ended, and after two that were worse than the
-    best none is tried. The first one stays unless another gains `sure` standard errors on it; with a single fold, where
-    nothing can be held out, it is it, and NaN."""
+    best none is tried. The first one stays unless another gains `sure` standard errors on it, over groups; with a
+    single fold, where nothing can be held out, it is it, and NaN."""
+    part = groups % k
     folds = [(rows[np.flatnonzero(part != k)], rows[np.flatnonzero(part == k)]) for k in np.unique(part)]
     if len(folds) == 1: return candidates[0], np.nan
     losses, ends = [], [None]*len(folds)
     for ridges in candidates:
         ends = [_solve(others, tie, ridges, end) for (others, _), end in zip(folds, ends)]
-        losses.append(torch.cat([held.losses(end) for (_, held), end in zip(folds, ends)]).numpy())
+        losses.append(np.empty(len(part)))
+        for i, (_, held) in enumerate(folds): losses[-1][part == i] = held.losses(ends[i]).numpy()
         best = int(np.argmin([loss.mean() for loss in losses]))
         if len(losses) - best > 2: break
-    gain = losses[0] - losses[best]
-    if gain.mean() < sure*gain.std()/len(gain)**.5: best = 0
+    gain = np.bincount(groups, losses[0] - losses[best])
+    if gain.sum() < sure*gain.std()*len(gain)**.5: best = 0
     return candidates[best], float(losses[best].mean())
+
+def _gap(rows, part, tie, ridges, at):
+    "(n, C) float32: logits of `rows` by fits without their fold in `part`, less those of the fit `at` to all."
+    gap, folds = torch.zeros(rows.y.shape), np.unique(part)
+    if len(folds) == 1 or np.isinf(ridges).all(): return gap
+    for k in folds:
+        held = np.flatnonzero(part == k)
+        without = _solve(rows[np.flatnonzero(part != k)], tie, ridges, at)
+        gap[held] = (rows[held].logits(without) - rows[held].logits(at)).float()
+    return gap
 
 def fit_probe(x, y, means=None, offset=None, tie=None, groups=None, strengths=None, k=5):
     """The `Probe` of labels `y` (n, C) on differences `x` and, for ties, `means` (both (n, h)) of features.
@@ -134,29 +151,30 @@ def fit_probe(x, y, means=None, offset=None, tie=None, groups=None, strengths=No
     scale, rows = size(x), _Rows(x/size(x), None, y, offset)
     # choose the ridges out of fold; with a single group nothing can be held out
     strengths = strengths or _STRENGTHS
-    part = np.unique(np.arange(len(x)) if groups is None else groups, return_inverse=True)[1] % k
-    best, loss = _choose(rows, part, tie, [(ridge, np.inf) for ridge in strengths])
+    groups = np.unique(np.arange(len(x)) if groups is None else groups, return_inverse=True)[1]
+    best, loss = _choose(rows, groups, k, tie, [(ridge, np.inf) for ridge in strengths], sure=_SURE[0])
     if means is not None:
         centre = means.mean(0)
         tie_scale = size(means - centre)
         rows = replace(rows, means=(means - centre)/tie_scale)
-        best, loss = _choose(rows, part, tie, [(best[0], ridge) for ridge in strengths], sure=_SURE)
+        best, loss = _choose(rows, groups, k, tie, [(best[0], ridge) for ridge in strengths], sure=_SURE[1])
     # fit it on all rows
     at = _solve(rows, tie, best)
-    if means is None: return Probe((at.w/scale).float(), None, at.tie, best, loss)
+    gap = _gap(rows, groups % k, tie, best, at)
+    if means is None: return Probe((at.w/scale).float(), None, at.tie, best, loss, gap)
     u = at.u/tie_scale
-    return Probe((at.w/scale).float(), u.float(), at.tie - u @ centre, best, loss)
+    return Probe((at.w/scale).float(), u.float(), at.tie - u @ centre, best, loss, gap)
 
 # %% ../../../nbs/4_training/06_probe.ipynb #cd3e2399
 def _fit_fresh(head, features, fit):
-    "(tensors of a fresh `head`, a line on them) by the probe that `fit` fits."
+    "(tensors of a fresh `head`, the probe's gap, a line on them) by the probe that `fit` fits."
     means = None if head.tie is None else features.mean(1)
     probe = fit(features[:, 0] - features[:, 1], means=means)
     tensors, ridges = {'score.weight': probe.weights[None]}, f'ridge {probe.ridges[0]:g}'
     if means is not None:
         tensors |= {'tie_score.weight': probe.tie_weights[None], 'tie': probe.tie}
         ridges += f', of ties {probe.ridges[1]:g}'
-    return tensors, (f'the head starts from a linear probe on {len(features)} rows: '
+    return tensors, probe.gap, (f'the head starts from a linear probe on {len(features)} rows: '
                      f'out-of-fold log loss {probe.loss:.4f}, {ridges}')
 
 # %% ../../../nbs/4_training/06_probe.ipynb #4b5e70aa
@@ -164,7 +182,7 @@ _FEW = 400       # rows for two numbers
 _FREE = (1e-4,)   # a ridge that leaves one number as it is
 
 def _fit_stored(head, features, fit):
-    "(tensors of the `head` of a reward model, a line on them): its scale and tie by the probe that `fit` fits."
+    "(tensors of the `head` of a reward model, the probe's gap, a line): its scale and tie by what `fit` fits."
     with torch.no_grad(): scores = head.score(head.dense(features.to(head.score.weight.device))).cpu()
     x, y, offset = scores[:, 0] - scores[:, 1], fit.keywords['y'], fit.keywords['offset']
     probe, alone = fit(x, strengths=_FREE), fit(x, offset=None, strengths=_FREE)
@@ -175,13 +193,15 @@ def _fit_stored(head, features, fit):
     line = (f"the head is the reward model's own, times {float(probe.weights):.3g}: out-of-fold log loss without "
             f'training {alone.loss:.4f} on {len(x)} rows, where the class prior has {loss(prior):.4f}')
     if offset is not None: line += f'; with the baseline {probe.loss:.4f}, the baseline alone {loss(offset):.4f}'
-    return tensors, line + '. If the reward model was trained on rows of this competition, these losses are too low'
+    line += '. If the reward model was trained on rows of this competition, these losses are too low'
+    return tensors, probe.gap, line
 
 # %% ../../../nbs/4_training/06_probe.ipynb #83092b25
-def start_from_probe(model, data, groups, rows, seed=0, accelerator=None):
+def start_from_probe(model, data, groups, rows, seed=0, accelerator=None, unseen=None):
     """A line that says how good the probe is that now fills the `pair` head of `model`.
 
-    It is fitted on at most `rows` of the training rows of `data` (`FitData`); `groups` (n,) numbers their prompts."""
+    It is fitted on at most `rows` of the training rows of `data` (`FitData`); `groups` (n,) numbers their prompts.
+    `unseen`, of a `Training`, is told how much better it knows those rows than others."""
     from accelerate.utils import broadcast_object_list
     head, stored = model.head, model.head_source == 'checkpoint'
     # features of the rows that the seed chooses
@@ -204,6 +224,7 @@ def start_from_probe(model, data, groups, rows, seed=0, accelerator=None):
             groups=groups[chosen])
         fitted = [(_fit_stored if stored else _fit_fresh)(head, features, fit)]
     if accelerator is not None: broadcast_object_list(fitted)
-    (tensors, line), = fitted
+    (tensors, gap, line), = fitted
     head.load_state_dict(tensors, strict=False)
+    if unseen is not None: unseen.gap[chosen] = gap.numpy()
     return line

@@ -20,6 +20,7 @@ from .checkpoint import Checkpoints
 from .health import Health, check_finite, check_spread, check_weights
 from .oof import eval_figures, oof_losses, oof_margin
 from .step import Training
+from .unseen import scaled
 
 # %% ../../../nbs/4_training/08_record.ipynb #c6032d56
 def _oof_table(table, comp, rows, predicted):
@@ -78,12 +79,14 @@ class Recorder:
         if not len(rows): return True
         # all processes predict
         offset = None if data.offset is None else data.offset[rows]
-        predicted = predict_both(t.model, data.source, rows, offset, budget=2*t.cfg.batch_tokens,
-                                 accelerator=t.accelerator, what='evaluate', stop=self.session.asked)
+        with scaled(t.model.head, t.earned):
+            predicted = predict_both(t.model, data.source, rows, offset, budget=2*t.cfg.batch_tokens,
+                                     accelerator=t.accelerator, what='evaluate', stop=self.session.asked)
         if predicted is None: return False
         finite = predicted['finite']
         check_finite(finite)
-        check_spread(predicted['logits'][finite], None if offset is None else offset[finite])
+        # a head that has earned nothing says nothing
+        if t.earned: check_spread(predicted['logits'][finite], None if offset is None else offset[finite])
         # one of them writes
         predicted = _answer_all(predicted, self.table.iloc[rows][self.best].to_numpy())
         if self.main: self._write(step, _oof_table(self.table, self.comp, rows, predicted), lost=int((~finite).sum()))
@@ -95,9 +98,14 @@ class Recorder:
         `lost`: how many rows the best baseline has answered."""
         losses, margin = oof_losses(oof, self.comp), oof_margin(oof, self.comp)
         self._keep_oof(step, oof)
-        self.run.log(step=step, eval_rows=len(oof), eval_not_finite=lost, **eval_figures(losses, margin))
+        earned = self.training.earned
+        self.run.log(step=step, eval_rows=len(oof), eval_not_finite=lost, eval_earned=earned,
+                     **eval_figures(losses, margin))
         others = ', '.join(f'{name} {loss:.4f}' for name, loss in losses.items() if name != 'tta')
         self.say(f'step {step}: held-out log loss {losses["tta"]:.4f} on {len(oof):,} rows ({others})')
+        if earned < 1:
+            self.say(f'{earned:.0%} of what the model has learned is added to its baseline: as much as it has surely '
+                     'gained on rows that it had not learned from')
         # how sure that is, at the end; on the way only what asks for a decision
         if step == len(self.training.plan): self.say(f'the model {margin}')
         elif margin.high < 0: self.say(f'warning: so far the model {margin}')
@@ -130,7 +138,7 @@ class Recorder:
             return
         # the adapter, then the status: a run with an adapter is finished, whatever comes after
         check_weights(t.trained())
-        self._with_room(lambda: save_adapter(t.model, self.run.adapter))
+        with scaled(t.model.head, t.earned): self._with_room(lambda: save_adapter(t.model, self.run.adapter))
         self.run.set_status('finished', t.at.step, len(t.plan), elapsed_s=t.at.elapsed_s)
         # a finished run needs no checkpoints
         for step in steps: self.checkpoints.drop(step)

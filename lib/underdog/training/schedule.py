@@ -20,10 +20,15 @@ def lr_factor(step, steps, warmup=0.1):
     return 0.5*(1 + math.cos(math.pi*(step - rising)/max(1, steps - rising)))
 
 # %% ../../../nbs/4_training/01_schedule.ipynb #86df8086
-def row_order(n, epochs, seed):
-    "`round(n*epochs)` row positions: one seeded permutation after the other."
+def row_order(n, epochs, seed, groups=None):
+    """`round(n*epochs)` row positions: one seeded permutation after the other.
+
+    With `groups` (n,), rows of one of them stand together in the first permutation, where its first row stood."""
     rng = np.random.default_rng(seed)
     permutations = [rng.permutation(n) for _ in range(math.ceil(epochs))]
+    if groups is not None:
+        _, first, inverse = np.unique(groups[permutations[0]], return_index=True, return_inverse=True)
+        permutations[0] = permutations[0][np.argsort(first[inverse], kind='stable')]
     return np.concatenate(permutations)[:max(1, round(n*epochs))]
 
 def split_steps(order, batch_rows):

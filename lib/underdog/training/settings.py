@@ -13,7 +13,7 @@ from ..core import Settings, UserError, nearest
 from .rates import usual_lr
 
 # %% ../../../nbs/4_training/00_settings.ipynb #e5a07498
-_CHOICES = dict(orders=('random', 'both', 'given'), start=('floors', 'none'))
+_CHOICES = dict(orders=('random', 'both', 'given'), start=('floors', 'none'), shrink=('earned', 'none'))
 _CHECKPOINTING = ('auto', 'all', 'none')   # or a number of layers
 _ABOVE_0 = ('epochs', 'batch_rows', 'batch_tokens', 'head_lr', 'max_grad_norm', 'log_every', 'evaluations')
 _RATES = dict(lr=2e-4, head_lr=2e-3)
@@ -37,6 +37,7 @@ class TrainConfig(Settings):
     orders: str = 'random'       # joint head: 'random' order per row, 'both' in one step, or 'given'; others need none
     smoothing: float = 0.        # share of every label that goes to all classes alike
     start: str = 'floors'        # 'floors': the best baseline's log-probabilities are added to the logits; 'none'
+    shrink: str = 'earned'       # from 'floors', the head says what it earned on rows not yet learned from; 'none': all
     probe_rows: int = 2000       # training rows for the linear probe that a fresh pair head starts from; 0: none
     n_folds: int = 5             # prompt-grouped folds
     fold: int | Literal['all'] = 0   # the fold held out; -1 trains on every row; 'all': each in turn, a model for each

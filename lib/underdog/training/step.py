@@ -15,13 +15,14 @@ import numpy as np
 import torch
 
 from ..core import UserError
-from ..model.memory import MESSAGE, out_of_memory, release_memory
+from ..model.memory import out_of_memory, release_memory
 from ..text.heads import orders_of
 from ..text.bins import rank_share
 from ..text.source import RowSource, present
 from .budget import MemoryPlan
-from .objective import make_optimizer, row_losses, smooth
+from .objective import make_optimizer, row_losses, smooth, sum_gradients
 from .schedule import evaluation_steps, lr_factor, row_order, split_steps
+from .unseen import Unseen
 
 # %% ../../../nbs/4_training/02_step.ipynb #2a28ad75
 @dataclass
@@ -33,6 +34,7 @@ class FitData:
     train: np.ndarray           # positions of the rows to train on
     held: np.ndarray = field(default_factory=lambda: np.array([], int))   # positions of the held-out rows
     sample: np.ndarray | None = None   # those for evaluations before the last one; None: all
+    groups: np.ndarray | None = None   # (n,) rows of one prompt have one number; None: each has its own
 
 @dataclass
 class Progress:
@@ -51,17 +53,6 @@ class _Computed(NamedTuple):
     tokens: int
     not_finite: int   # the other rows
 
-def _messages(params):
-    "`params` in lists whose gradients are summed together: of `MESSAGE` numbers at most, but at least one parameter."
-    lists, size = [], 0
-    for p in params:
-        if not lists or size + p.numel() > MESSAGE:
-            lists.append([])
-            size = 0
-        lists[-1].append(p)
-        size += p.numel()
-    return lists
-
 class Training:
     "A run between two steps; `state` and `load` are what a checkpoint keeps."
     def __init__(self, model, data, cfg, accelerator, memory=None):
@@ -73,8 +64,11 @@ class Training:
         self.y = on_device(self.labels)
         self.offset = None if data.offset is None else on_device(data.offset)
         # every step that will be made
-        order = row_order(len(data.train), cfg.epochs, cfg.seed)
+        earns = cfg.shrink == 'earned' and data.offset is not None
+        groups = data.groups[data.train] if earns and data.groups is not None else None
+        order = row_order(len(data.train), cfg.epochs, cfg.seed, groups)
         self.plan = split_steps(data.train[order], cfg.batch_rows)
+        self.unseen = Unseen(data, self.plan) if earns else None
         self.evaluations = evaluation_steps(len(self.plan), cfg.evaluations)
         self.log_prior = np.log(self.labels[data.train].mean(0).clip(1e-6))
         # what changes
@@ -93,6 +87,7 @@ class Training:
         "Make the next step of the plan and count it; returns its figures."
         at = self.at
         figures = self.make_step(at.step + 1, self.plan[at.step])
+        if self.unseen: self.unseen.note(at.step, self.plan[at.step], self.accelerator)
         at.step += 1
         at.tokens += figures['tokens']
         at.busy_s += figures['seconds']
@@ -113,7 +108,7 @@ class Training:
         # the figures of all processes together, so that all do the same with them
         figures = self._sum_figures(computed, busy, len(rows))
         # one gradient for all processes, and the update
-        self._sum_gradients()
+        if self.world > 1: sum_gradients(self.params, self.accelerator)
         figures |= self._update(nothing=figures['not_finite'] == len(rows))
         prior_loss = float(-(self.labels[rows]*self.log_prior).sum(1).mean())
         return figures | dict(prior_loss=prior_loss, rows=len(rows), seconds=time.monotonic() - began)
@@ -158,15 +153,19 @@ class Training:
     def _backward_batch(self, batch, weight):
         "(summed loss, set of the rows whose loss is not finite) of a batch; a backward pass only if there are none."
         offset = None if self.offset is None else self.offset[batch.rows]
-        losses = row_losses(self.model(batch), self.y[batch.rows], offset)
+        logits = self.model(batch)
+        losses = row_losses(logits, self.y[batch.rows], offset)
         bad = set(batch.rows[~losses.isfinite()].tolist())
         loss = losses.sum()*weight
-        if not bad: self.accelerator.backward(loss)
+        if not bad:
+            self.accelerator.backward(loss)
+            if self.unseen: self.unseen.hear(batch.rows, logits)
         return loss.detach(), bad
 
     def _backward_in_memory(self, shown, weight):
         "`backward`, again as often as memory runs out, each time with less of it."
         while True:
+            if self.unseen: self.unseen.heard.clear()
             try: return self.backward(shown, weight)
             except Exception as error:
                 if not out_of_memory(error): raise
@@ -175,16 +174,6 @@ class Training:
             release_memory()
             print(self.memory.less(), flush=True)
             self.at.budget = self.memory.budget
-
-    def _sum_gradients(self):
-        "Replace each gradient by its sum over all processes, in as few messages as memory allows."
-        if self.world == 1: return
-        for params in _messages(self.params):
-            for p in params:
-                if p.grad is None: p.grad = torch.zeros_like(p)
-            flat = torch.cat([p.grad.flatten() for p in params]) if len(params) > 1 else params[0].grad.flatten()
-            summed = self.accelerator.reduce(flat, 'sum').split([p.numel() for p in params])
-            for p, grad in zip(params, summed): p.grad.copy_(grad.view_as(p))
 
     def _update(self, nothing=False):
         """Clip and step, unless the gradients are not finite; gives their norms before clipping, and `skipped`.
@@ -228,6 +217,11 @@ class Training:
         "True when every step and the evaluation after the last one are made."
         return self.at.step == len(self.plan) and self.at.evaluated
 
+    @property
+    def earned(self):
+        "The share of the model's logits that is added to the baseline that it starts from."
+        return self.unseen.share(self.at.step) if self.unseen else 1.
+
     def agree(self, flag):
         "True when `flag` is true on any process: all must do the same."
         if self.world == 1: return bool(flag)
@@ -262,6 +256,7 @@ class Training:
             weights={n: p.detach() for n, p in self.trained().items()},
             optimizer=self.optimizer.state_dict()['state'],
             scaler=None if scaler is None else scaler.state_dict(),
+            unseen=self.unseen.state() if self.unseen else None,
             processes=self.world,
             batch_tokens=self.cfg.batch_tokens,
         )
@@ -279,6 +274,8 @@ class Training:
         self.optimizer.load_state_dict(dict(self.optimizer.state_dict(), state=state['optimizer']))
         scaler = self.accelerator.scaler
         if scaler is not None and state['scaler']: scaler.load_state_dict(state['scaler'])
+        # an earlier build did not keep it
+        if self.unseen and state.get('unseen'): self.unseen.load(state['unseen'])
         # where the run stands; a budget that was halved stays so, unless batch_tokens was changed since
         budget = self.at.budget
         self.at = Progress(**state['progress'])

@@ -68,8 +68,9 @@ def start(run, cfg, accelerator):
     if cfg.start == 'floors': offset = np.log(table[columns(f"floor_{config['best_floor']}", comp)].to_numpy())
     elif model.head_source != 'checkpoint': _start_at_prior(model.head, config['prior'])
     train, held = np.flatnonzero(~held), np.flatnonzero(held)
-    sample = sample_prompts(held, table['group'].to_numpy(), cfg.eval_rows, cfg.seed)
-    data = FitData(source, y, offset, train=train, held=held, sample=sample)
+    groups = table['group'].to_numpy()
+    sample = sample_prompts(held, groups, cfg.eval_rows, cfg.seed)
+    data = FitData(source, y, offset, train=train, held=held, sample=sample, groups=groups)
     # memory
     memory = plan_memory(model, source, data.train, cfg)
     lines = [_sizes(model, data), _said_of(Cuts.of(table), prompter.cfg), str(memory)]
@@ -168,9 +169,8 @@ def work(run, end=math.inf, save_every=900., stop_file=None):
     speed = rehearse(training)
     resumed = _go_on(run, training, recorder.checkpoints)
     if not resumed and _wants_probe(training.model, cfg):
-        groups = table['group'].to_numpy()
-        recorder.say(start_from_probe(training.model, training.data, groups, cfg.probe_rows, seed=cfg.seed,
-                                      accelerator=accelerator))
+        recorder.say(start_from_probe(training.model, training.data, training.data.groups, cfg.probe_rows,
+                                      seed=cfg.seed, accelerator=accelerator, unseen=training.unseen))
     recorder.say(_outlook(training, speed, session.clock))
     # train, for hours
     recorder.finish(fit(training, recorder, session))
