@@ -1,17 +1,19 @@
 """What may a head start from? A tie for each row against one for all; another file's reward row against a cold probe.
 
     python -m benchmarks.starts --train FILE [FILE ...] [--generated 500] [--layers 4] [--length 96] [--rows 700]
-                                [--seeds 5] [--folds 2] [--start none floors] [--cache DIR]
+                                [--seeds 5] [--folds 2] [--start none floors] [--what probes training] [--cache DIR]
 
 Frozen lower layers of SmolLM2-135M read every row once; their pooled states are kept in --cache, as an .npz a file. All
 else is probes on them, as a training fits them: for every seed the files are divided into five prompt-grouped folds, of
 which --folds are held out in turn. `floors` starts from the best baseline, out of fold for the rows that are learned
 from. Differences are of log loss on the same held-out rows, below 0 is better; a seed's interval is a bootstrap over
-prompts. The last line of output is JSON.
+prompts. With --what training, LoRA is trained from such a probe (the head alone with --rank 0), twice: with the weights
+of ties trained as all else is, and left where the probe has put them. The last line of output is JSON.
 """
 import argparse
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 os.environ.update(OMP_NUM_THREADS='1', TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1')
@@ -61,19 +63,24 @@ class File:
         return np.log(predictions[best])
 
 
-def states_of(df, args):
-    "(n, 2, h) pooled states of both answers of the rows `df`, by the lower layers of SmolLM2."
+def model_on(df, args, **settings):
+    "(the lower layers of SmolLM2 with a pair head, the rows `df` as these read them)."
     from underdog.console.demo import smollm2
     from underdog.model.model import load_model
     from underdog.model.settings import ModelConfig
     from underdog.text.prompt import PromptConfig, Prompter
     from underdog.text.source import RowSource
     from underdog.text.tokens import tokenize_rows
-    from underdog.training.probe import pair_features
     base = str(smollm2())
-    model = load_model(ModelConfig(base, layers=args.layers, rank=0, quantization='none'))
+    model = load_model(ModelConfig(base, layers=args.layers, quantization='none', **settings))
     prompter = Prompter(PromptConfig(max_length=args.length), base, 'pair')
-    source = RowSource(tokenize_rows(df, prompter, args.cache, ''), prompter, model.packing)
+    return model, RowSource(tokenize_rows(df, prompter, args.cache, ''), prompter, model.packing)
+
+
+def states_of(df, args):
+    "(n, 2, h) pooled states of both answers of the rows `df`, by frozen layers."
+    from underdog.training.probe import pair_features
+    model, source = model_on(df, args, rank=0)
     return pair_features(model, source, np.arange(len(df)), budget=2048).numpy()
 
 
@@ -118,6 +125,44 @@ def compare_rewards(file, other, seed):
     return dict(seed=seed, cold=log_loss(y, cold[held]), reward=log_loss(y, warm[held]))
 
 
+def train_ties(file, start, seed, args):
+    "A row of figures: trained from a probe, with the weights of ties trained too, and with them as they were."
+    folds = make_folds(file.df, N_FOLDS, seed, groups=file.groups)
+    learned, held = np.flatnonzero(folds != 0), np.flatnonzero(folds == 0)
+    offset = file.offset(folds, 0) if start == 'floors' else None
+    parts = learned, held, offset
+    (frozen, line), (trained, _) = (train_once(file, parts, seed, args, moved) for moved in (False, True))
+    y, groups = file.y[held], file.groups[held]
+    return dict(seed=seed, rows=len(held), one=log_loss(y, frozen), own=log_loss(y, trained),
+                difference=paired_ci(y, trained, frozen, groups), ridges=line.split('of ties ')[1])
+
+
+def train_once(file, parts, seed, args, moved):
+    "(probabilities of held-out rows after training, the probe's line); `moved`: are the weights of ties trained?"
+    import torch
+    from accelerate import Accelerator
+    from underdog.model.predict import predict_both
+    from underdog.training.probe import start_from_probe
+    from underdog.training.settings import TrainConfig
+    from underdog.training.step import FitData, Training
+    learned, held, offset = parts
+    model, source = model_on(file.df, args, seed=seed, rank=args.rank)
+    cfg = TrainConfig(batch_rows=args.batch_rows, epochs=args.epochs, batch_tokens=2048, seed=seed)
+    data = FitData(source, file.y, offset, train=learned, held=held)
+    training = Training(model, data, cfg, Accelerator(cpu=True))
+    if offset is None: model.head.start_at(torch.tensor(training.log_prior))
+    # frozen layers have read every row already
+    a, b = (torch.tensor(file.means + sign*file.x/2) for sign in (1, -1))
+    model.features = lambda batch: torch.cat([a[batch.rows], b[batch.rows]])
+    line = start_from_probe(model, data, file.groups, cfg.probe_rows, seed=seed)
+    if args.rank: del model.features
+    for group in training.optimizer.param_groups:
+        if group['what'] == 'ties' and not moved: group['peak'] = 0.
+    for _ in training.plan: training.step()
+    known = None if offset is None else offset[held]
+    return predict_both(model, source, held, known, budget=2048)['both'], line
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--train', nargs='*', type=Path, default=[])
@@ -128,6 +173,10 @@ def main():
     parser.add_argument('--seeds', type=int, default=5)
     parser.add_argument('--folds', type=int, default=2, help='held out in turn, of five')
     parser.add_argument('--start', nargs='*', default=['none', 'floors'], choices=['none', 'floors'])
+    parser.add_argument('--what', nargs='*', default=['probes'], choices=['probes', 'training'])
+    parser.add_argument('--epochs', type=float, default=1., help='of --what training')
+    parser.add_argument('--rank', type=int, default=16, help='of LoRA in --what training; 0: the head alone')
+    parser.add_argument('--batch_rows', type=int, default=16, help='of --what training')
     parser.add_argument('--cache', type=Path, default=Path('runs/starts'))
     args = parser.parse_args()
     one_thread()
@@ -137,15 +186,15 @@ def main():
         paths.append(write_sample(args.cache/'generated', args.generated, 20, seed=7)['train.csv'])
     files = {f'{path.parent.name}/{path.stem}' if path.stem == 'train' else path.stem: File.read(path, args)
              for path in paths}
-    figures = dict(ties={}, rewards={})
+    figures = dict(ties={}, rewards={}, training={})
     for name, file in files.items():
         for start in args.start:
-            rows = [compare_ties(file, start, seed, args) for seed in range(args.seeds)]
-            figures['ties'][f'{name}, {start}'] = summary(rows, 'own', 'one')
-            show = [(r['seed'], r['rows'], f"{r['one']:.4f}", f"{r['own']:.4f}",
-                     '{:+.4f} [{:+.4f}, {:+.4f}]'.format(*r['difference']), r['ridges']) for r in rows]
-            table(f'{name}, start {start}', ('seed', 'rows', 'one tie', 'by row', 'difference', 'ridges of ties'), show)
-        for other in files:
+            what = f'{name}, {start}'
+            if 'probes' in args.what:
+                figures['ties'][what] = seeds(f'{what}: a tie by row', partial(compare_ties, file, start), args)
+            if 'training' in args.what:
+                figures['training'][what] = seeds(f'{what}: trained', partial(train_ties, file, start), args)
+        for other in files if 'probes' in args.what else ():
             if other == name: continue
             rows = [compare_rewards(file, files[other], seed) for seed in range(args.seeds)]
             figures['rewards'][f'{other} -> {name}'] = summary(rows, 'reward', 'cold')
@@ -153,6 +202,18 @@ def main():
         table(part, ('what', 'mean difference', 'standard error over seeds'),
               [(what, f"{f['mean']:+.4f}", f"{f['error']:.4f}") for what, f in by.items()])
     last_line(figures)
+
+
+def seeds(title, compare, args):
+    "The `summary` of what `compare` gives for every seed, after a table of it."
+    rows = []
+    for seed in range(args.seeds):
+        rows.append(compare(seed, args))
+        print(f"{title}, seed {seed}: {rows[-1]['own'] - rows[-1]['one']:+.4f}", flush=True)
+    show = [(r['seed'], r['rows'], f"{r['one']:.4f}", f"{r['own']:.4f}",
+             '{:+.4f} [{:+.4f}, {:+.4f}]'.format(*r['difference']), r['ridges']) for r in rows]
+    table(title, ('seed', 'rows', 'without', 'with', 'difference', 'ridges of ties'), show)
+    return summary(rows, 'own', 'one')
 
 
 def summary(rows, one, other):

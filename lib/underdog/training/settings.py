@@ -37,7 +37,7 @@ class TrainConfig(Settings):
     orders: str = 'random'       # joint head: 'random' order per row, 'both' in one step, or 'given'; others need none
     smoothing: float = 0.        # share of every label that goes to all classes alike
     start: str = 'floors'        # 'floors': the best baseline's log-probabilities are added to the logits; 'none'
-    probe_rows: int = 2000       # training rows for the linear probe that a fresh pair head starts from; 0: none
+    probe_rows: int = 2000       # training rows, at most, from which a fresh head gets its first values; 0: none
     n_folds: int = 5             # prompt-grouped folds
     fold: int | Literal['all'] = 0   # the fold held out; -1 trains on every row; 'all': each in turn, a model for each
     evaluations: int = 2         # evaluations on the held-out fold, evenly spaced, the last one at the end
