@@ -1,14 +1,16 @@
 """What may a head start from? A tie for each row against one for all; another file's reward row against a cold probe.
 
     python -m benchmarks.starts --train FILE [FILE ...] [--generated 500] [--layers 4] [--length 96] [--rows 700]
-                                [--seeds 5] [--folds 2] [--start none floors] [--what probes training] [--cache DIR]
+                                [--seeds 5] [--folds 2] [--start none floors] [--what probes training words]
+                                [--cache DIR]
 
 Frozen lower layers of SmolLM2-135M read every row once; their pooled states are kept in --cache, as an .npz a file. All
 else is probes on them, as a training fits them: for every seed the files are divided into five prompt-grouped folds, of
 which --folds are held out in turn. `floors` starts from the best baseline, out of fold for the rows that are learned
 from. Differences are of log loss on the same held-out rows, below 0 is better; a seed's interval is a bootstrap over
 prompts. With --what training, LoRA is trained from such a probe (the head alone with --rank 0), twice: with the weights
-of ties trained as all else is, and left where the probe has put them. The last line of output is JSON.
+of ties trained as all else is, and left where the probe has put them. With --what words, a joint head says what the
+language model's own words are worth on the rows. The last line of output is JSON.
 """
 import argparse
 import os
@@ -45,9 +47,8 @@ class File:
     @classmethod
     def read(cls, path, args):
         "At most --rows rows of the csv `path`, and their states, from the cache or computed."
-        df, report = read_rows(path, None, labelled=True)
-        df = df.sample(min(len(df), args.rows), random_state=0).reset_index(drop=True)
-        comp, kept = get_competition(report.competition), args.cache/f'{path.parent.name}-{path.stem}.npz'
+        df, comp = rows_of(path, args)
+        kept = args.cache/f'{path.parent.name}-{path.stem}.npz'
         if not kept.is_file():
             with atomic_path(kept) as tmp, open(tmp, 'wb') as out: np.savez(out, states=states_of(df, args))
         states = np.load(kept)['states']
@@ -63,8 +64,15 @@ class File:
         return np.log(predictions[best])
 
 
-def model_on(df, args, **settings):
-    "(the lower layers of SmolLM2 with a pair head, the rows `df` as these read them)."
+def rows_of(path, args):
+    "(at most --rows rows of the csv `path`, their competition)."
+    df, report = read_rows(path, None, labelled=True)
+    df = df.sample(min(len(df), args.rows), random_state=0).reset_index(drop=True)
+    return df, get_competition(report.competition)
+
+
+def model_on(df, args, head='pair', **settings):
+    "(the lower layers of SmolLM2 with that head, the rows `df` as these read them)."
     from underdog.console.demo import smollm2
     from underdog.model.model import load_model
     from underdog.model.settings import ModelConfig
@@ -72,8 +80,8 @@ def model_on(df, args, **settings):
     from underdog.text.source import RowSource
     from underdog.text.tokens import tokenize_rows
     base = str(smollm2())
-    model = load_model(ModelConfig(base, layers=args.layers, quantization='none', **settings))
-    prompter = Prompter(PromptConfig(max_length=args.length), base, 'pair')
+    model = load_model(ModelConfig(base, head=head, layers=args.layers, quantization='none', **settings))
+    prompter = Prompter(PromptConfig(max_length=args.length), base, head)
     return model, RowSource(tokenize_rows(df, prompter, args.cache, ''), prompter, model.packing)
 
 
@@ -114,12 +122,11 @@ def compare_ties(file, start, seed, args):
                 difference=paired_ci(y, own[held], one[held], groups), ridges=', '.join(ridges))
 
 
-def compare_rewards(file, other, seed):
-    "A row of figures: a cold probe on few rows, and the reward row of the file `other` with a scale and a tie."
+def compare_rewards(file, row, seed):
+    "A row of figures: a cold probe on few rows, and the reward `row` (h,) of another file with a scale and a tie."
     folds = make_folds(file.df, N_FOLDS, seed, groups=file.groups)
     learned, held = np.flatnonzero(folds != 0)[:FEW], folds == 0
     _, cold = fit(file, learned)
-    row = fit(other, np.arange(len(other.y)))[0].weights.double().numpy()
     _, warm = fit(file, learned, x=file.x @ row[:, None], strengths=(1e-4,))
     y = file.y[held]
     return dict(seed=seed, cold=log_loss(y, cold[held]), reward=log_loss(y, warm[held]))
@@ -163,6 +170,16 @@ def train_once(file, parts, seed, args, moved):
     return predict_both(model, source, held, known, budget=2048)['both'], line
 
 
+def say_words(path, args):
+    "What a joint head says that starts from the language model's own words, without training."
+    from underdog.training.probe import start_from_probe
+    from underdog.training.step import FitData
+    df, comp = rows_of(path, args)
+    model, source = model_on(df, args, head='joint', rank=0)
+    data = FitData(source, labels_of(df, comp).astype(float), None, np.arange(len(df)))
+    return start_from_probe(model, data, prompt_groups(df), args.rows)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--train', nargs='*', type=Path, default=[])
@@ -173,7 +190,7 @@ def main():
     parser.add_argument('--seeds', type=int, default=5)
     parser.add_argument('--folds', type=int, default=2, help='held out in turn, of five')
     parser.add_argument('--start', nargs='*', default=['none', 'floors'], choices=['none', 'floors'])
-    parser.add_argument('--what', nargs='*', default=['probes'], choices=['probes', 'training'])
+    parser.add_argument('--what', nargs='*', default=['probes'], choices=['probes', 'training', 'words'])
     parser.add_argument('--epochs', type=float, default=1., help='of --what training')
     parser.add_argument('--rank', type=int, default=16, help='of LoRA in --what training; 0: the head alone')
     parser.add_argument('--batch_rows', type=int, default=16, help='of --what training')
@@ -184,9 +201,14 @@ def main():
     if args.generated:
         from underdog.data.sample import write_sample
         paths.append(write_sample(args.cache/'generated', args.generated, 20, seed=7)['train.csv'])
-    files = {f'{path.parent.name}/{path.stem}' if path.stem == 'train' else path.stem: File.read(path, args)
-             for path in paths}
-    figures = dict(ties={}, rewards={}, training={})
+    named = {f'{path.parent.name}/{path.stem}' if path.stem == 'train' else path.stem: path for path in paths}
+    figures = dict(ties={}, rewards={}, training={}, words={})
+    if 'words' in args.what:
+        figures['words'] = {name: say_words(path, args) for name, path in named.items()}
+        for name, line in figures['words'].items(): print(f'{name}: {line}', flush=True)
+    files = {name: File.read(path, args) for name, path in named.items()} if args.what != ['words'] else {}
+    compared = files if 'probes' in args.what else {}
+    rewards = {name: fit(file, np.arange(len(file.y)))[0].weights.double().numpy() for name, file in compared.items()}
     for name, file in files.items():
         for start in args.start:
             what = f'{name}, {start}'
@@ -194,13 +216,13 @@ def main():
                 figures['ties'][what] = seeds(f'{what}: a tie by row', partial(compare_ties, file, start), args)
             if 'training' in args.what:
                 figures['training'][what] = seeds(f'{what}: trained', partial(train_ties, file, start), args)
-        for other in files if 'probes' in args.what else ():
+        for other in compared:
             if other == name: continue
-            rows = [compare_rewards(file, files[other], seed) for seed in range(args.seeds)]
+            rows = [compare_rewards(file, rewards[other], seed) for seed in range(args.seeds)]
             figures['rewards'][f'{other} -> {name}'] = summary(rows, 'reward', 'cold')
     for part, by in figures.items():
-        table(part, ('what', 'mean difference', 'standard error over seeds'),
-              [(what, f"{f['mean']:+.4f}", f"{f['error']:.4f}") for what, f in by.items()])
+        if by and part != 'words': table(part, ('what', 'mean difference', 'standard error over seeds'),
+                                         [(what, f"{f['mean']:+.4f}", f"{f['error']:.4f}") for what, f in by.items()])
     last_line(figures)
 
 

@@ -22,13 +22,14 @@ from .read_out import fit_words, find_words
 
 # %% ../../../nbs/4_training/06_probe.ipynb #10fda24d
 @torch.no_grad()
-def pair_features(model, source, rows, budget=8192, accelerator=None):
+def pair_features(model, source, rows, budget=8192, accelerator=None, width=None):
     """Pooled hidden states (len(rows), 2, h) float32 of answers A and B, or of both orders where a head sees both.
 
-    `budget`: tokens of a forward pass. The processes of `accelerator` share the work, and all get the result."""
+    `budget`: tokens of a forward pass; `width`: h where it is not the head's. The processes of `accelerator` share the
+    work, and all get the result."""
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     weight = model.head.score.weight
-    features = torch.zeros(len(rows), 2, weight.shape[1], device=weight.device)
+    features = torch.zeros(len(rows), 2, width or weight.shape[1], device=weight.device)
     position = {int(row): i for i, row in enumerate(rows)}
     own_rows, orders = rank_share(list(position), source.lengths, rank, world), orders_of(source.head)
     # dropout off, and back to what it was
