@@ -1,7 +1,7 @@
 """What may a head start from? A tie for each row against one for all; another file's reward row against a cold probe.
 
     python -m benchmarks.starts --train FILE [FILE ...] [--generated 500] [--layers 4] [--length 96] [--rows 700]
-                                [--seeds 5] [--folds 2] [--start none floors] [--what probes training words]
+                                [--seeds 5] [--folds 2] [--start none floors] [--what probes training drawn words]
                                 [--cache DIR]
 
 Frozen lower layers of SmolLM2-135M read every row once; their pooled states are kept in --cache, as an .npz a file. All
@@ -9,8 +9,9 @@ else is probes on them, as a training fits them: for every seed the files are di
 which --folds are held out in turn. `floors` starts from the best baseline, out of fold for the rows that are learned
 from. Differences are of log loss on the same held-out rows, below 0 is better; a seed's interval is a bootstrap over
 prompts. With --what training, LoRA is trained from such a probe (the head alone with --rank 0), twice: with the weights
-of ties trained as all else is, and left where the probe has put them. With --what words, a joint head says what the
-language model's own words are worth on the rows. The last line of output is JSON.
+of ties trained as all else is, and left where the probe has put them; with --what drawn, the head alone on 40,000 rows
+whose states are drawn as those of a file, and whose means say a little of which rows tie. With --what words, a joint
+head says what the language model's own words are worth on the rows. The last line of output is JSON.
 """
 import argparse
 import os
@@ -170,6 +171,55 @@ def train_once(file, parts, seed, args, moved):
     return predict_both(model, source, held, known, budget=2048)['both'], line
 
 
+DRAWN, HELD, PROBED, STRENGTH = 40_000, 4000, 2000, .3   # rows of drawn states; of the logits of a tie
+
+
+def drawn_ties(file, seed, args):
+    "A row of figures as of `train_ties`: many rows, whose states are drawn as those of the `file` and say who ties."
+    import torch
+    rng, h = np.random.default_rng(seed), file.x.shape[1]
+    draw = lambda v: v.mean(0) + rng.normal(size=(DRAWN + HELD, len(v))) @ (v - v.mean(0))/len(v)**.5
+    told = lambda v, size: size*(v - v.mean(0))/v.std(0) @ rng.normal(size=h)/h**.5
+    x, means = draw(file.x), draw(file.means)
+    s, tie = told(x, 1.), told(means, STRENGTH)
+    p = softmax(np.stack([s/2, -s/2, tie], 1))
+    y = np.eye(3)[(rng.random((len(p), 1)) > p.cumsum(1)).sum(1).clip(max=2)]
+    many = File(None, None, x, means, y, np.arange(len(y)))
+    probe, _ = fit(many, np.arange(PROBED), means)
+    a, b = (torch.tensor(means + sign*x/2, dtype=torch.float32) for sign in (1, -1))
+    frozen, trained = (train_head(probe, a, b, torch.tensor(y, dtype=torch.float32), moved, args)
+                       for moved in (False, True))
+    held = slice(DRAWN, None)
+    return dict(seed=seed, rows=HELD, one=log_loss(y[held], frozen), own=log_loss(y[held], trained),
+                difference=paired_ci(y[held], trained, frozen, many.groups[held]), ridges=f'{probe.ridges[1]:g}')
+
+
+def train_head(probe, a, b, y, moved, args):
+    "Probabilities of the last rows after an epoch of the head over the others; `moved`: with the weights of ties?"
+    import torch
+    from types import SimpleNamespace
+    from underdog.model.head import make_head
+    from underdog.model.settings import ModelConfig
+    from underdog.training.objective import make_optimizer, row_losses
+    from underdog.training.schedule import lr_factor
+    from underdog.training.settings import TrainConfig
+    cfg, backbone = ModelConfig('', rank=0), torch.nn.Identity()
+    backbone.config = SimpleNamespace(num_hidden_layers=0)
+    head = make_head(cfg, a.shape[1])
+    tensors = {'score.weight': probe.weights[None], 'tie_score.weight': probe.tie_weights[None], 'tie': probe.tie}
+    head.load_state_dict(tensors)
+    optimizer = make_optimizer(SimpleNamespace(cfg=cfg, backbone=backbone, head=head), TrainConfig(lr=1e-4))
+    steps = np.random.default_rng(0).permutation(DRAWN).reshape(-1, args.batch_rows)
+    for number, rows in enumerate(steps):
+        for g in optimizer.param_groups:
+            still = g['what'] == 'ties' and not moved
+            g['lr'] = 0. if still else g['peak']*lr_factor(number, len(steps), .1)
+        row_losses(head(torch.cat([a[rows], b[rows]])), y[rows]).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad(): return head(torch.cat([a[DRAWN:], b[DRAWN:]])).softmax(-1).numpy()
+
+
 def say_words(path, args):
     "What a joint head says that starts from the language model's own words, without training."
     from underdog.training.probe import start_from_probe
@@ -190,7 +240,7 @@ def main():
     parser.add_argument('--seeds', type=int, default=5)
     parser.add_argument('--folds', type=int, default=2, help='held out in turn, of five')
     parser.add_argument('--start', nargs='*', default=['none', 'floors'], choices=['none', 'floors'])
-    parser.add_argument('--what', nargs='*', default=['probes'], choices=['probes', 'training', 'words'])
+    parser.add_argument('--what', nargs='*', default=['probes'], choices=['probes', 'training', 'drawn', 'words'])
     parser.add_argument('--epochs', type=float, default=1., help='of --what training')
     parser.add_argument('--rank', type=int, default=16, help='of LoRA in --what training; 0: the head alone')
     parser.add_argument('--batch_rows', type=int, default=16, help='of --what training')
@@ -202,7 +252,7 @@ def main():
         from underdog.data.sample import write_sample
         paths.append(write_sample(args.cache/'generated', args.generated, 20, seed=7)['train.csv'])
     named = {f'{path.parent.name}/{path.stem}' if path.stem == 'train' else path.stem: path for path in paths}
-    figures = dict(ties={}, rewards={}, training={}, words={})
+    figures = dict(ties={}, rewards={}, training={}, drawn={}, words={})
     if 'words' in args.what:
         figures['words'] = {name: say_words(path, args) for name, path in named.items()}
         for name, line in figures['words'].items(): print(f'{name}: {line}', flush=True)
@@ -216,13 +266,16 @@ def main():
                 figures['ties'][what] = seeds(f'{what}: a tie by row', partial(compare_ties, file, start), args)
             if 'training' in args.what:
                 figures['training'][what] = seeds(f'{what}: trained', partial(train_ties, file, start), args)
+        if 'drawn' in args.what:
+            figures['drawn'][name] = seeds(f'{name}: drawn as its states', partial(drawn_ties, file), args)
         for other in compared:
             if other == name: continue
             rows = [compare_rewards(file, rewards[other], seed) for seed in range(args.seeds)]
             figures['rewards'][f'{other} -> {name}'] = summary(rows, 'reward', 'cold')
     for part, by in figures.items():
-        if by and part != 'words': table(part, ('what', 'mean difference', 'standard error over seeds'),
-                                         [(what, f"{f['mean']:+.4f}", f"{f['error']:.4f}") for what, f in by.items()])
+        if not by or part == 'words': continue
+        table(part, ('what', 'mean difference', 'standard error over seeds'),
+              [(what, f"{f['mean']:+.4f}", f"{f['error']:.4f}") for what, f in by.items()])
     last_line(figures)
 
 
