@@ -111,7 +111,8 @@ def stand_in(features, y, head, source='seeded', offset=None):
         return out
     x = torch.tensor(features, dtype=torch.float32)
     data = SimpleNamespace(
-        source=SimpleNamespace(lengths=np.ones(len(y)), bins=lambda rows, budget: [rows], batch=batch),
+        source=SimpleNamespace(
+            head='pair', lengths=np.ones(len(y)), bins=lambda rows, budget, orders: [rows], batch=batch),
         y=y, offset=offset, train=np.arange(len(y)))
     model = SimpleNamespace(
         head=head, head_source=source, training=False, eval=lambda: None, train=lambda on: None,

@@ -38,7 +38,7 @@ class TrainConfig(Settings):
     smoothing: float = 0.        # share of every label that goes to all classes alike
     start: str = 'floors'        # 'floors': the best baseline's log-probabilities are added to the logits; 'none'
     shrink: str = 'earned'       # from 'floors', the head says what it earned on rows not yet learned from; 'none': all
-    probe_rows: int = 2000       # training rows for the linear probe that a fresh pair head starts from; 0: none
+    probe_rows: int = 2000       # training rows, at most, from which a fresh head gets its first values; 0: none
     n_folds: int = 5             # prompt-grouped folds
     fold: int | Literal['all'] = 0   # the fold held out; -1 trains on every row; 'all': each in turn, a model for each
     evaluations: int = 2         # evaluations on the held-out fold, evenly spaced, the last one at the end

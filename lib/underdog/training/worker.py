@@ -177,8 +177,8 @@ def work(run, end=math.inf, save_every=900., stop_file=None):
     accelerator.end_training()
 
 def _wants_probe(model, cfg):
-    "Does the head start from a linear probe?"
-    return cfg.probe_rows > 0 and HEADS[model.cfg.head].probe
+    "Does the head start from training rows? One that the folder brings does only where it scores answers."
+    return cfg.probe_rows > 0 and (HEADS[model.cfg.head].probe or model.head_source == 'seeded')
 
 def _outlook(training, speed, clock):
     "How long the rest of the run will take, and whether this session has the time: a line."
