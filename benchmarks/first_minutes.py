@@ -5,8 +5,8 @@
 A larger card is made to answer as a T4 (benchmarks/as_t4): compute capability 7.5 and 14.7 GiB. Weights are random, of
 the model's own shape, and written to a temporary folder (20 GB for a 9B). Each part runs in a process of its own and
 may fail without the others: the table says how. Decoders learn by LoRA in nf4, DeBERTa with every weight. Without a
-card the small shape is used, to try the script. The last line of output is JSON; commit
-it under benchmarks/results with the card's name.
+card the small shape is used, to try the script. The last line of output is JSON; commit it under benchmarks/results
+with the card's name.
 """
 import argparse
 import json
@@ -85,7 +85,7 @@ def attention(args):
 
 
 def training(args, out, **changes):
-    "A training of a few steps with rehearsal into the folder `out`, as a student starts it; `changes` to `ModelConfig`."
+    "A training of a few steps with rehearsal into the folder `out`; `changes`: of the `ModelConfig`."
     import torch
 
     from underdog import ModelConfig, PromptConfig, SessionConfig, TrainConfig, train

@@ -37,7 +37,7 @@ def held_losses(df, comp, cfg):
     from underdog.data.floors import Floors
     from underdog.data.folds import labels_of, prompt_groups
     from underdog.data.metrics import row_log_loss
-    from underdog.training.prepare import with_folds
+    from underdog.training.table import with_folds
     part = with_folds(df, cfg)
     held = (part['fold'] == cfg.fold).to_numpy()
     # fit on the training rows, predict the held-out ones

@@ -107,8 +107,10 @@ def test_check_says_how_many(tmp_path):
 
 def test_a_second_start_does_not_look_for_them_again(world, monkeypatch):
     from underdog.model.settings import ModelConfig
-    from underdog.training import prepare
-    folds = lambda: prepare.describe(world/'train.csv', ModelConfig(str(world/'llama'), quantization='none')).rows['fold']
+    from underdog.training import table
+    from underdog.training.prepare import describe
+    model = ModelConfig(str(world/'llama'), quantization='none')
+    folds = lambda: describe(world/'train.csv', model).rows['fold']
     first = folds()
-    monkeypatch.setattr(prepare, 'fold_groups', None)
+    monkeypatch.setattr(table, 'fold_groups', None)
     assert folds().tolist() == first.tolist()

@@ -277,10 +277,12 @@ def test_other_settings_in_the_same_folder_are_refused_and_restart_clears(world,
 
 def test_other_labels_of_the_same_texts_are_another_run_and_no_cache_takes_them_for_the_same(world, tmp_path):
     table, winners = pd.read_csv(world/'train.csv'), ['winner_model_a', 'winner_model_b']
-    table.assign(**{winners[0]: table[winners[1]], winners[1]: table[winners[0]]}).to_csv(tmp_path/'new.csv', index=False)
+    exchanged = {winners[0]: table[winners[1]], winners[1]: table[winners[0]]}
+    table.assign(**exchanged).to_csv(tmp_path/'new.csv', index=False)
     model = ModelConfig(str(world/'llama'), quantization='none', rank=4)
     old, new = (describe(file, model, cfg=TrainConfig(n_folds=3)) for file in (world/'train.csv', tmp_path/'new.csv'))
-    assert old.config['data']['hash'] == new.config['data']['hash'] and differences(old.config, new.config) == ['labels']
+    assert old.config['data']['hash'] == new.config['data']['hash']
+    assert differences(old.config, new.config) == ['labels']
     # an earlier build did not note them
     noted = old.config['data'].pop('labels')
     assert differences(old.config, new.config) == []

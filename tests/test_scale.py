@@ -14,7 +14,7 @@ from underdog.core import UserError, write_json
 from underdog.runfolder import RunFolder
 from underdog.data.folds import prompt_groups
 from underdog.data.rows import read_rows
-from underdog.training.prepare import with_folds
+from underdog.training.table import with_folds
 from underdog.training.settings import TrainConfig
 from underdog.search.learning_rate import Valley, Valleys, best_rates, check_valley, extrapolate_lr, valleys, vertex
 from underdog.search.scaling import Points, compare_settings, extrapolate, find_runs, fit_laws, law
