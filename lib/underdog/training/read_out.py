@@ -44,7 +44,7 @@ def _tied_name(backbone):
 _SCALES = (np.inf, 1e-4)   # ridges of one number: it is 0, or free
 
 def fit_words(head, features, fit, words):
-    """(tensors of the `head`, the gap of its fit, a line) from the rows `words` (C, h) of the language model's own head.
+    """(tensors of the `head`, the gap of its fit, a line) from the rows `words` (C, h) of the model's own head.
 
     `features` (n, 2, h): states of the order A, B, then of B, A; `fit`: the probe with its labels."""
     logits = features.double() @ words.double().T
