@@ -49,7 +49,8 @@ def for_site(text, source, pages):
         mark = re.match(r'(`{3,})', line)
         if fence:
             fence = None if line.startswith(fence) and not line.strip('`').strip() else fence
-        elif mark: fence = mark[1]
+            if shell and fence: line = _above(line)
+        elif mark: fence, shell = mark[1], line.strip('`') == 'sh'
         else:
             # a list wants an empty line before it, and what belongs to an item four spaces
             item = re.match(r'([*-]|\d+\.) ', line)
@@ -59,6 +60,15 @@ def for_site(text, source, pages):
         lines.append(line)
         before = line
     return '\n'.join(lines)
+
+
+_WIDTH = 76   # characters of code that a page has room for
+
+
+def _above(line):
+    "A line of shell with its comment; where both have no room side by side, the comment above the command."
+    command, gap, comment = re.match(r'(.*?)(\s{2,}# )?((?(2).*|))$', line).groups()
+    return line if len(line) <= _WIDTH or not gap else f'# {comment}\n{command}'
 
 
 def _led(line, source, pages):

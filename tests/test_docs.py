@@ -86,6 +86,10 @@ def test_markdown_of_github_is_made_that_of_the_site(pages):
         '[L](https://github.com/underdog-llm/underdog/blob/main/LICENSE) [all](../lessons/index.md)')
     # code stays as it is
     assert for_site('```\na\n* b\n   c\n```', 'README.md', pages) == '```\na\n* b\n   c\n```'
+    # a comment that has no room beside its command stands above it
+    short, long = 'underdog check train.csv     # what is in it', f"underdog run -p {'x'*50}   # what # it does"
+    assert for_site(f'```sh\n{short}\n{long}\n```\n```text\n{long}\n```', 'README.md', pages) == (
+        f"```sh\n{short}\n# what # it does\nunderdog run -p {'x'*50}\n```\n```text\n{long}\n```")
     with pytest.raises(SystemExit, match='nothing.md'): for_site('[x](nothing.md)', 'README.md', pages)
 
 

@@ -41,6 +41,11 @@ def test_plain_kaggle_pushes_the_folder_of_a_dry_run(server, tmp_path, monkeypat
     assert not server.kernels and not read_ledger()
     assert sorted(os.listdir('to push')) == ['kernel-metadata.json', 'kernel.ipynb']
 
+    # what the notebook's reader is not asked to read is folded
+    first, *_, last = json.loads((tmp_path/'to push'/'kernel.ipynb').read_text())['cells']
+    for cell in (first, last):
+        assert cell['metadata']['jupyter']['source_hidden'] and cell['metadata']['_kg_hide-input']
+
     # the command that it names
     command = shlex.split(dry.output.splitlines()[-1].removeprefix('to push it: '))
     assert command == ['kaggle', 'kernels', 'push', '-p', 'to push', '-t', '7200']

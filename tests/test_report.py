@@ -39,6 +39,17 @@ def test_every_figure_draws_even_with_little_data(tmp_path):
     assert (tmp_path/'figures'/'lengths.png').read_bytes()[:4] == b'\x89PNG'
 
 
+
+def test_no_legend_hides_the_last_evaluation():
+    metrics = pd.DataFrame(dict(step=range(1, 41), loss=.8, eval_loss=[None]*39 + [1.05], eval_rows=[None]*39 + [225]))
+    figure = plot_loss(metrics, dict(prior=1.0663, traits=1.0517))
+    figure.canvas.draw()
+    axes, = figure.axes
+    hidden, plot = axes.get_legend().get_window_extent(), axes.get_window_extent()
+    assert not hidden.contains(*axes.transData.transform((40, 1.05))) and not plot.fully_overlaps(hidden)
+    assert hidden.x1 < figure.bbox.x1 and hidden.y1 < figure.bbox.y1 + 1   # a pixel
+
+
 def test_the_page_is_one_file_and_its_texts_are_no_markup(tmp_path):
     table = pd.DataFrame({'<i>': ['<script>']})
     items = [plot_lengths([5]), table, 'text\nlines']

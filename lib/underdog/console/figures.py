@@ -79,7 +79,8 @@ def plot_loss(metrics, floors=None, best=None):
     if best: ax.axhline(best, color=_COLOURS['tie'], linewidth=1.5, label=f'best possible {best:.4f}')
 
     ax.set(xlabel='optimizer step', ylabel='log loss (nats)')
-    ax.legend(fontsize=8, loc='upper right', framealpha=.9, edgecolor='none')
+    # above the curves: in a corner it would hide the last evaluation, or the baselines
+    ax.legend(fontsize=8, loc='lower left', bbox_to_anchor=(0, 1), ncols=3, frameon=False)
     return fig
 
 def _held_out(held):

@@ -31,6 +31,7 @@ body {color: var(--text); background: var(--back); overflow-wrap: anywhere}
 h1 {font-size: 1.6rem}
 h2 {font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid var(--line)}
 img {max-width: 100%; height: auto; background: #fff; border-radius: .3rem}
+.figure {overflow-x: auto}
 table {border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto}
 th, td {padding: .25rem .8rem; border-bottom: 1px solid var(--line); text-align: left; overflow-wrap: normal}
 nav a {margin-right: 1rem}
@@ -39,10 +40,14 @@ pre {background: var(--soft); padding: .8rem; overflow-x: auto; font-size: .85re
 details {border-bottom: 1px solid var(--line); padding: .3rem 0}
 summary {cursor: pointer}
 .todo {border-left: .25rem solid var(--todo); padding-left: .7rem}
-@media (max-width: 30rem) {body {margin: 1rem auto} th, td {padding: .2rem .4rem; font-size: .85rem}}
+@media screen and (max-width: 30rem) {
+  body {margin: 1rem auto} th, td {padding: .2rem .4rem; font-size: .85rem}
+  .figure img {max-width: none; width: 34rem}   /* its letters would be too small: it is moved sideways */
+}
 @media print {
   :root {color-scheme: light; --text: #000; --back: #fff; --line: #ccc; --soft: #f6f6f6; --todo: #a33b00}
-  nav {display: none} h2 {break-after: avoid} img, details, tr {break-inside: avoid} table {display: table}
+  nav {display: none} h2 {break-after: avoid} .figure, details, tr {break-inside: avoid} table {display: table}
+  .figure img {max-height: 8.5cm}   /* two of them on a page */
 }
 """
 _PAGE = """<!doctype html>
@@ -86,7 +91,8 @@ def _block(item, heading):
     if isinstance(item, pd.DataFrame): return item.to_html(index=False, border=0, float_format=lambda v: f'{v:.4f}')
     if hasattr(item, 'savefig'):
         picture = base64.b64encode(figure_png(item)).decode()
-        return f'<img alt="{html.escape(heading)}" src="data:image/png;base64,{picture}">'
+        image = f'<img alt="{html.escape(heading)}" src="data:image/png;base64,{picture}">'
+        return f'<div class="figure">{image}</div>'
     if isinstance(item, Folded):
         title, text = map(html.escape, item)
         return f'<details><summary>{title}</summary><pre>{text}</pre></details>'
@@ -153,7 +159,7 @@ def _settings_table(config):
         'rows': config['data']['rows'],
         'build': config['build_id'],
         'template': config['template_hash'],
-        'best baseline': config['best_floor'],
+        'best baseline in training': config['best_floor'],   # the verdict's is that of the held-out rows
     }
     for part in ('model', 'prompt', 'train'):
         settings |= {name: value for name, value in config[part].items() if name not in _NOT_SHOWN}

@@ -82,9 +82,11 @@ def pushed_notebook(path, values, expect, wait_s=300.):
         if cell.cell_type == 'code': cell.outputs, cell.execution_count = [], None
     # parameters, a cell before everything and a cell after everything
     nb = parameterize_notebook(nb, values, kernel_name='python3', language='python')
-    new_cell, tags = nbformat.v4.new_code_cell, dict(tags=['underdog-proof'])
-    nb.cells.insert(0, new_cell(proof_source(expect, wait_s), metadata=tags))
-    nb.cells.append(new_cell(last_source(), metadata=tags))
+    # folded, in Jupyter and on Kaggle: who reads the notebook is not asked to read them
+    new_cell, folded = nbformat.v4.new_code_cell, {'tags': ['underdog-proof'], 'jupyter': {'source_hidden': True},
+                                                   '_kg_hide-input': True}
+    nb.cells.insert(0, new_cell(proof_source(expect, wait_s), metadata=folded))
+    nb.cells.append(new_cell(last_source(), metadata=folded))
     nb.metadata['kernelspec'] = dict(display_name='Python 3', language='python', name='python3')
     nb.metadata.setdefault('language_info', dict(name='python'))
     # once more, for the parameters
