@@ -218,27 +218,29 @@ def whole_of(world, name):
     return world.folder/f'{first}-whole'
 
 
+def undisturbed(world, name):
+    "Do the work of a target without a kill, in the folder that the others are compared with; the seconds it took."
+    whole = whole_of(world, name)
+    shutil.rmtree(whole, ignore_errors=True)   # of an earlier siege
+    began = time.monotonic()
+    ended = begin(TARGETS[name], world, whole).end(600.)
+    if ended.code != 0: raise SystemExit(f'the undisturbed {name} failed:\n{ended.text[-3000:]}')
+    return time.monotonic() - began
+
+
 def attack(world, kind, n, seed, only=tuple(TARGETS)):
     "`n` kills, up to `MOST` of a run before it comes to its end; a case is a run."
     rng, seconds = random.Random(seed), {}
     if 'relay' in only: start_kaggle(world)
-    for name in only:
-        whole = whole_of(world, name)
-        if whole in seconds: continue
-        shutil.rmtree(whole, ignore_errors=True)   # of an earlier siege
-        began = time.monotonic()
-        ended = begin(TARGETS[name], world, whole).end(600.)
-        if ended.code != 0: raise SystemExit(f'the undisturbed {name} failed:\n{ended.text[-3000:]}')
-        seconds[whole] = time.monotonic() - began
     names, shares = list(only), [TARGETS[name].share for name in only]
     run = kills = 0
     while kills < n:
         name = rng.choices(names, shares)[0]
         run += 1
-        out = world.folder/f'{name}-{run}'
+        out, whole = world.folder/f'{name}-{run}', whole_of(world, name)
         shutil.rmtree(out, ignore_errors=True)
-        faults, events, ended = disturb(world, name, out, rng=rng, seconds=seconds[whole_of(world, name)],
-                                        kills=rng.randint(1, MOST))
+        if whole not in seconds: seconds[whole] = undisturbed(world, name)
+        faults, events, ended = disturb(world, name, out, rng=rng, seconds=seconds[whole], kills=rng.randint(1, MOST))
         struck = sum(' after ' in event for event in events)
         kills += struck
         kind.counts['kills'] += struck

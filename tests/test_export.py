@@ -87,6 +87,16 @@ def test_damaged_weights_are_not_passed_on(finished, tmp_path, name):
         assert not list(tmp_path.iterdir()), how
 
 
+@pytest.mark.parametrize('content', ['', '[]', '{}', '{"model": 3, "base_hash": "x"}',
+                                     '{"model": {}, "base_hash": "x"}'])
+def test_an_adapter_without_its_settings_is_not_passed_on(finished, tmp_path, content):
+    shutil.copytree(finished.path, tmp_path/'run')
+    (tmp_path/'run'/'adapter'/'model.json').write_text(content)
+    for merged in (False, True):
+        with pytest.raises(UserError): export_run(tmp_path/'run', tmp_path/'out', merged)
+    assert [p.name for p in tmp_path.iterdir()] == ['run']
+
+
 def test_the_command_writes_over_its_own_export(finished, tmp_path):
     for _ in range(2):
         done = CliRunner().invoke(app, ['export', str(finished.path), '--out', str(tmp_path/'out')])

@@ -422,6 +422,9 @@ def test_folders_that_are_no_model(bases, tmp_path):
     (base/'pytorch_model.bin').write_bytes(b'x')
     refused('only pickled weights')
     index = base/'model.safetensors.index.json'
+    for content in ('[]', '{}', '{"weight_map": []}', '{"weight_map": {"a": ["x"]}}', '{"weight_map": {"a": null}}'):
+        index.write_text(content)
+        refused('index.json: ')
     index.write_text('{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}')
     (base/'model-1.safetensors').write_bytes(b'x')
     (base/'pytorch_model.bin').unlink()

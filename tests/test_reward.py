@@ -1,4 +1,5 @@
 "A reward model as base: it reads what it was trained to read, its row starts the head, and what has no row is refused."
+import json
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from underdog.model.settings import ModelConfig
 from underdog.text.prompt import PromptConfig, Prompter
 from underdog.text.source import RowSource
 from underdog.text.template import scores_answers
+from underdog.text.tokenizer import tokenizer_hash
 from underdog.training.prepare import describe
 
 
@@ -29,6 +31,18 @@ def reward(world, tmp_path_factory):
     classifier.save_pretrained(base)
     for name in ('train.csv', 'test.csv'): (folder/name).symlink_to(world/name)
     return folder
+
+
+def test_a_config_of_any_shape_says_whether_it_scores(tmp_path):
+    for content in (dict(architectures=3, id2label={'0': 'x'}), dict(architectures={}, id2label=1),
+                    dict(architectures=[None], id2label=[1]), dict(architectures=None), {}):
+        (tmp_path/'config.json').write_text(json.dumps(content))
+        assert not scores_answers(tmp_path)
+    for content in ('[]', 'x', '3'):
+        (tmp_path/'config.json').write_text(content)
+        with pytest.raises(UserError, match='config.json: '): scores_answers(tmp_path)
+        (tmp_path/'tokenizer_config.json').write_text(content)
+        with pytest.raises(UserError, match='tokenizer_config.json: '): tokenizer_hash(tmp_path)
 
 
 def test_the_head_gives_the_rewards_of_the_whole_template(reward):

@@ -164,3 +164,15 @@ def test_a_run_whose_name_parquet_does_not_take_ends_in_a_line(finished, odd, ar
     for name in (ODD, '[b]$x$'): shutil.copytree(finished.path, odd/name)
     kind, text, left = bad_inputs.outcome(bad_inputs.Case(odd, args), limit=600)
     assert kind == 'message' and 'caf\\udce9: this name is not UTF-8' in text and 'rename' in text and not left, text
+
+
+@pytest.mark.parametrize('args', [
+    ['show', 't.csv', '--model', ODD], ['try', 'run', '--prompt', 'x', '--a', 'y', '--b', 'z', '--base', ODD],
+    ['export', 'run', '--out', 'out', '--base', ODD], ['run', 'train', '-p', 'train_csv=t.csv', '-p', f'model={ODD}']],
+    ids=lambda args: args[0])
+def test_a_base_whose_name_safetensors_does_not_take_ends_in_a_line(finished, odd, args):
+    shutil.copytree(finished.path, odd/'run')
+    shutil.copytree(finished.config['model']['path'], odd/ODD)
+    (odd/'t.csv').write_text(bad_inputs.csv_text(random.Random(0)))
+    kind, text, left = bad_inputs.outcome(bad_inputs.Case(odd, args), limit=600)
+    assert kind == 'message' and 'not UTF-8' in text and 'rename' in text and not left, text

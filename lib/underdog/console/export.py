@@ -9,7 +9,7 @@ __all__ = ['write_peft', 'scores_of', 'model_card', 'export_run']
 import re, shutil
 from pathlib import Path
 
-from ..core import UserError, atomic_folder, check_name, coerce, read_json, write_json
+from ..core import UserError, atomic_folder, check_name, coerce, write_json
 from ..machine import resolve_input
 from ..runfolder import RunFolder, baselines_in, columns
 from ..data.competition import get_competition
@@ -17,7 +17,7 @@ from ..data.floors import best_floor
 from ..data.metrics import score_table
 from ..inference.job import check_run
 from ..inference.settings import InferConfig
-from ..model.merge import merge, whole_tensors
+from ..model.merge import merge, saved_settings, whole_tensors
 from ..model.settings import ModelConfig
 from ..training.oof import oof_margin
 
@@ -26,8 +26,7 @@ def write_peft(adapter, folder, base):
     "Write the adapter in the folder `adapter` of a run to `folder` as PEFT does, and its head beside it."
     from peft import LoraConfig
     from safetensors.torch import save_file
-    saved = read_json(adapter/'model.json')
-    cfg = coerce(ModelConfig, saved['model'])
+    cfg = coerce(ModelConfig, saved_settings(adapter)['model'])
     tensors = whole_tensors(adapter/'adapter.safetensors')
     whole_tensors(adapter/'head.safetensors')
     # peft names the adapter when it loads it
@@ -132,7 +131,7 @@ def _frame(settings):
     import pandas as pd
     return pd.DataFrame([(name, str(value)) for name, value in settings.items()], columns=['setting', 'value'])
 
-def _pooling(run): return read_json(run.adapter/'model.json')['model']['pooling']
+def _pooling(run): return coerce(ModelConfig, saved_settings(run.adapter)['model']).pooling
 
 def _limits(run, licence):
     "Lines on what the model does not know."

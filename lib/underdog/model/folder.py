@@ -8,13 +8,14 @@ __all__ = ['weight_files', 'base_hash', 'check_score', 'word_rows', 'backbone_co
 # %% ../../../nbs/3_model/00a_folder.ipynb #96a37727
 from pathlib import Path
 
-from ..core import UserError, fingerprint, first_line, read_json
+from ..core import UserError, check_name, fingerprint, first_line, read_record
 from ..machine import resolve_input
 
 # %% ../../../nbs/3_model/00a_folder.ipynb #d12b2178
 def weight_files(path):
     "The safetensors files that hold the weights of the model folder `path`, in order; `UserError` when it is none."
     path = Path(path)
+    check_name(path)
     # a model folder at all?
     if not path.is_dir(): raise UserError(f'{path}: not a folder; give the folder with config.json and the weights')
     if not (path/'config.json').is_file():
@@ -23,7 +24,11 @@ def weight_files(path):
     # one file, or the shards that the index names
     index = path/'model.safetensors.index.json'
     names = ['model.safetensors']
-    if index.is_file(): names = sorted(set(read_json(index).get('weight_map', {}).values()))
+    if index.is_file():
+        names = list(read_record(index, weight_map=dict).get('weight_map', {}).values())
+        if not names or not all(isinstance(name, str) for name in names):
+            raise UserError(f'{index}: weight_map names no files; download or attach the whole model again')
+        names = sorted(set(names))
     files = [path/name for name in names]
     missing = [f.name for f in files if not f.is_file()]
     if not missing: return files

@@ -6,7 +6,7 @@
 __all__ = ['TEMPLATE_VERSION', 'chat_pieces', 'scores_answers', 'plain_pieces', 'pieces']
 
 # %% ../../../nbs/2_text/03_template.ipynb #4e7c303f
-from ..core import UserError, read_json
+from ..core import UserError, read_record
 from ..machine import resolve_input
 from .heads import HEADS
 from .tokenizer import is_encoder
@@ -88,9 +88,10 @@ def _both_answers(tok, question):
 def scores_answers(folder):
     "Does the model `folder` hold a reward model, a classifier with one label?"
     config = resolve_input(folder)/'config.json'
-    config = read_json(config) if config.is_file() else {}
-    names = config.get('architectures') or ['']
-    return str(names[0]).endswith('ForSequenceClassification') and len(config.get('id2label') or ()) == 1
+    config = read_record(config) if config.is_file() else {}
+    names, labels = config.get('architectures'), config.get('id2label')
+    if not (isinstance(names, list) and names and isinstance(labels, dict)): return False
+    return str(names[0]).endswith('ForSequenceClassification') and len(labels) == 1
 
 # %% ../../../nbs/2_text/03_template.ipynb #f6faf2df
 def plain_pieces(tok, head, question):

@@ -6,10 +6,10 @@
 __all__ = ['tokenizer_hash', 'load_tokenizer', 'is_encoder', 'newline_sign', 'control_ids', 'encode_texts']
 
 # %% ../../../nbs/2_text/02_tokenizer.ipynb #d016779d
-import json, re
+import re
 from pathlib import Path
 
-from ..core import UserError, file_hash, fingerprint
+from ..core import UserError, check_name, file_hash, fingerprint, read_record
 from ..machine import resolve_input
 
 # %% ../../../nbs/2_text/02_tokenizer.ipynb #68936347
@@ -26,7 +26,7 @@ def tokenizer_hash(folder):
     folder = Path(folder)
     files = {name: file_hash(folder/name) for name in _VOCABULARY if (folder/name).is_file()}
     config = folder/'tokenizer_config.json'
-    settings = json.loads(config.read_text(encoding='utf-8')) if config.is_file() else {}
+    settings = read_record(config) if config.is_file() else {}
     return fingerprint(files, {name: value for name, value in settings.items() if name not in _PLACES})
 
 def load_tokenizer(folder):
@@ -35,6 +35,7 @@ def load_tokenizer(folder):
     # is there one?
     if not folder: raise UserError('tokenizer: no folder given; name the folder of the base model')
     path = resolve_input(folder)
+    check_name(path)
     if not path.is_dir(): raise UserError(f'tokenizer: {path} is a file; give the folder that holds it')
     if not any((path/name).is_file() for name in _VOCABULARY):
         raise UserError(f"tokenizer: {path} holds no tokenizer files (looked for {', '.join(_VOCABULARY[:6])}, …); "
