@@ -138,6 +138,16 @@ def two_views(rng, n, starts):
     return y, {name: softmax(np.stack([x/2, -x/2, tie], 1)) for name, x in dict(baseline=seen, model=both).items()}
 
 
+def test_rows_of_one_prompt_have_one_vote():
+    "Copies of 60 rows weigh as those rows do; taken for 600 rows they would be believed (85 prompts of PandaLM)."
+    y, preds = two_views(np.random.default_rng(3), 60, True)
+    copies = np.repeat(np.arange(60), 10)
+    of_copies = lambda groups: Blend.fit(y[copies], {n: p[copies] for n, p in preds.items()}, ['baseline'], groups).weights
+    once, told, untold = Blend.fit(y, preds, ['baseline']).weights, of_copies(copies), of_copies(None)
+    assert told == pytest.approx(once, abs=1e-3)
+    assert abs(untold['model'] - 1) > 1.5*abs(told['model'] - 1)
+
+
 @pytest.mark.parametrize('starts', [True, False])
 def test_a_blend_does_not_lose_to_its_best_part(starts):
     rng, worse, optimism = np.random.default_rng(0), [], []

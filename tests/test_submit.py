@@ -89,7 +89,8 @@ def test_blend_weights_belong_to_the_state(world, finished, joint):
     assert set(evidence.blend({}).weights) == {best}
     def probs(prefix): return evidence.oof[columns(prefix, LMSYS)].to_numpy()
     members = {best: probs(f'floor_{best}'), both: probs(both)}
-    assert evidence.blend({both: 2}).weights == pytest.approx(Blend.fit(evidence.y, members, [best]).weights)
+    assert evidence.blend({both: 2}).weights == pytest.approx(
+        Blend.fit(evidence.y, members, [best], evidence.oof['group']).weights)
     assert Evidence([finished], with_floors=False).blend({pair: 1}).weights.keys() == {pair}
 
 

@@ -22,7 +22,7 @@ def _centred(p):
     z = np.log(np.clip(p, 1e-15, 1))
     return z - z.mean(1, keepdims=True)
 
-def _deserved(y, preds, inside):
+def _deserved(y, preds, inside, groups):
     """Weights (K,) that know how sure the order of the predictions is: equal where the rows cannot tell.
 
     They are exp(-d/se) of the paired difference d to the best prediction and its standard error, normalised; 0 for
@@ -30,21 +30,24 @@ def _deserved(y, preds, inside):
     if inside.all(): inside = ~inside
     losses = np.stack([row_log_loss(y, p) for p in preds])
     worse = losses - losses[losses.mean(1).argmin()]
-    standard_error = worse.std(1)/len(y)**.5
+    of_groups = np.stack([np.bincount(groups, d) for d in worse])
+    standard_error = of_groups.std(1)*of_groups.shape[1]**.5/len(y)
     weights = np.exp(-worse.mean(1)/(standard_error + 1e-9))*~inside
     return weights/weights.sum()
 
-def fit_pool(y, preds, inside=(), ridge=10., whole=100.):
+def fit_pool(y, preds, inside=(), ridge=10., whole=100., groups=None):
     """{name: weight} with the least log loss on the labels `y` (n, C) of `preds`, {name: (n, C)}.
 
     They are pulled towards the weights that each prediction deserves by itself, those of `inside` (names) to 0: another
     prediction contains them. The pull is `ridge` times the squared distance, in nats summed over rows, so it counts
-    with two hundred rows and not with ten thousand. Another pull, `whole`, keeps the sum near 1."""
+    with two hundred rows and not with ten thousand. Another pull, `whole`, keeps the sum near 1. Rows of one of the
+    `groups` (n,), such as a prompt, are no independent votes: together they count as one."""
     from scipy.optimize import minimize
     y, names = np.asarray(y, float), list(preds)
     z = np.stack([_centred(preds[n]) for n in names])   # (K, n, C)
-    start = _deserved(y, [preds[n] for n in names], np.isin(names, [*inside]))
-    pull, whole = ridge/len(y), whole/len(y)
+    groups = np.unique(np.arange(len(y)) if groups is None else groups, return_inverse=True)[1]
+    start = _deserved(y, [preds[n] for n in names], np.isin(names, [*inside]), groups)
+    pull, whole = ridge/(groups.max() + 1), whole/(groups.max() + 1)
 
     def objective(w):
         "(loss, gradient) at the weights `w` (K,)."

@@ -26,11 +26,11 @@ class Blend:
     weights: dict
 
     @classmethod
-    def fit(cls, y, preds, inside=()):
+    def fit(cls, y, preds, inside=(), groups=None):
         """The weights with the least log loss on the labels `y` (n, C) of `preds`, {name: (n, C)}, as of `fit_pool`.
 
-        `inside`: names of predictions that another one contains."""
-        return cls(fit_pool(y, preds, inside))
+        `inside`: names of predictions that another one contains; `groups` (n,): rows that count as one."""
+        return cls(fit_pool(y, preds, inside, groups=groups))
 
     def predict(self, preds):
         "Blended probabilities (n, C); every prediction with a weight must be there."
@@ -65,15 +65,16 @@ def cross_fit(y, preds, groups=None, inside=(), n_folds=10, repeats=5):
     for r in range(repeats):
         # deal the groups to folds
         order = np.random.default_rng([0, r]).permutation(groups.max() + 1)
-        blended.append(_cross_fit_once(y, preds, order[groups] % n_folds, inside))
+        blended.append(_cross_fit_once(y, preds, order[groups] % n_folds, inside, groups))
     return np.mean(blended, axis=0)
 
-def _cross_fit_once(y, preds, fold, inside):
+def _cross_fit_once(y, preds, fold, inside, groups):
     blended = np.empty(np.shape(y))
     for k in np.unique(fold):
         held = fold == k
         # a single fold has no other rows to fit on
-        if (~held).any(): blend = Blend.fit(y[~held], {n: p[~held] for n, p in preds.items()}, inside)
+        rest = {n: p[~held] for n, p in preds.items()}
+        if (~held).any(): blend = Blend.fit(y[~held], rest, inside, groups[~held])
         else: blend = Blend({n: 1/len(preds) for n in preds})
         blended[held] = blend.predict({n: p[held] for n, p in preds.items()})
     return blended

@@ -74,7 +74,8 @@ class Evidence:
         "The `Blend` for rows in the state `levels`."
         key = self._key(levels)
         if key not in self._fitted:
-            if self.oof is not None: self._fitted[key] = Blend.fit(self.y, self.members(levels), self._inside)
+            if self.oof is not None:
+                self._fitted[key] = Blend.fit(self.y, self.members(levels), self._inside, self.oof['group'])
             else:
                 alike = levels or [self.baseline]
                 self._fitted[key] = Blend({name: 1/len(alike) for name in alike})
