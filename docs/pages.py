@@ -44,7 +44,7 @@ def _page(path):
 # ---- text
 def for_site(text, source, pages):
     "Markdown as GitHub reads it -> as Python-Markdown does, with the links of `source` led to pages."
-    lines, fence, before = [], None, ''
+    lines, fence, shell, before = [], None, False, ''
     for line in text.splitlines():
         mark = re.match(r'(`{3,})', line)
         if fence:
