@@ -151,7 +151,7 @@ def _measured(path, efficiency):
 
 def _print_plan(title, lines):
     # two decimals or digits for small fractions, none for what is large or a count
-    text = lambda x: f'{x:,.0f}' if x >= 1000 or x == int(x) else f'{x:.2f}' if x >= .1 else f'{x:.2g}'
+    text = lambda x: f'{x:,.0f}' if x >= 1000 or x == int(x) else f'{x:.2f}' if x >= .01 else f'{x:.2g}'
     rows = [(line.what, text(line.value), line.unit, line.formula) for line in lines]
     print_table(title, ['what', 'value', 'unit', 'formula'], rows)
 
