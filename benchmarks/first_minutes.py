@@ -1,11 +1,12 @@
-"""What a card must settle, in one go: does a 9B load, train and predict within a T4's memory, in float16?
+"""What a card must settle, in one go: does a model load, train and predict within a T4's memory, in float16?
 
     python -m benchmarks.first_minutes [--model gemma-2-9b] [--layers 42] [--only load train] [--out FILE]
 
 A larger card is made to answer as a T4 (benchmarks/as_t4): compute capability 7.5 and 14.7 GiB. Weights are random, of
 the model's own shape, and written to a temporary folder (20 GB for a 9B). Each part runs in a process of its own and
-may fail without the others: the table says how. Without a card the small shape is used, to try the script. The last
-line of output is JSON; commit it under benchmarks/results with the card's name.
+may fail without the others: the table says how. Decoders learn by LoRA in nf4, DeBERTa with every weight. Without a
+card the small shape is used, to try the script. The last line of output is JSON; commit
+it under benchmarks/results with the card's name.
 """
 import argparse
 import json
@@ -83,14 +84,14 @@ def attention(args):
     return dict(largest_relative_difference=difference)
 
 
-def training(args, rank):
-    "A training of a few steps with rehearsal, as a student starts it."
+def training(args, out, **changes):
+    "A training of a few steps with rehearsal into the folder `out`, as a student starts it; `changes` to `ModelConfig`."
     import torch
 
     from underdog import ModelConfig, PromptConfig, SessionConfig, TrainConfig, train
-    model = ModelConfig(args.base, rank=rank)
+    model = ModelConfig(args.base, **changes)
     cfg = TrainConfig(epochs=1, evaluations=1, n_folds=3)
-    out = Path(args.base).parent/f'run-{rank}'
+    out = Path(args.base).parent/out
     began = time.perf_counter()
     run = train(rows_of(args)/'train.csv', model, out, PromptConfig(max_length=args.max_length), cfg, SessionConfig())
     figures = dict(seconds=time.perf_counter() - began)
@@ -108,16 +109,18 @@ def training(args, rank):
     return figures
 
 
-def train_r16(args): return training(args, RANKS[0])
-def train_r64(args): return training(args, RANKS[1])
+def train_r16(args): return training(args, 'run-16', rank=RANKS[0])
+def train_r64(args): return training(args, 'run-64', rank=RANKS[1])
+def train_full(args): return training(args, 'run-full', tuning='full', quantization='none')
 
 
 def infer(args):
-    "The finished run of rank 16 predicts unseen rows, both orders of A and B."
+    "A finished run predicts unseen rows, both orders of A and B."
     from underdog import InferConfig, predict
     folder = Path(args.base).parent
     began = time.perf_counter()
-    answers = predict([folder/f'run-{RANKS[0]}'], rows_of(args)/'test.csv', folder/'predictions', InferConfig())
+    run = next(run for run in (folder/'run-16', folder/'run-full') if run.is_dir())
+    answers = predict([run], rows_of(args)/'test.csv', folder/'predictions', InferConfig())
     import pandas as pd
     seconds = time.perf_counter() - began
     submission = pd.read_csv(next(folder.glob('predictions/**/submission.csv')))
@@ -139,7 +142,8 @@ def rows_of(args):
     return folder
 
 
-PARTS = dict(weights=weights, load=load, attention=attention, train_r16=train_r16, train_r64=train_r64, infer=infer)
+PARTS = dict(weights=weights, load=load, attention=attention, train_r16=train_r16, train_r64=train_r64,
+             train_full=train_full, infer=infer)
 
 
 # ---- the script
@@ -181,10 +185,10 @@ def about():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = list(PARTS)
-    parser.add_argument('--model', choices=[name for name in SHAPES if 'deberta' not in name], default='gemma-2-9b')
+    parser.add_argument('--model', choices=list(SHAPES), default='gemma-2-9b')
     parser.add_argument('--layers', type=int, default=0, help='fewer layers than the model has (default 0: all)')
     parser.add_argument('--max-length', type=int, default=MAX_LENGTH, help=f'tokens of a sequence ({MAX_LENGTH})')
-    parser.add_argument('--only', nargs='+', choices=parts, default=parts, help='parts to run (default: all)')
+    parser.add_argument('--only', nargs='+', choices=parts, help='parts to run (default: those that fit the model)')
     parser.add_argument('--limit', type=float, default=240., help='seconds of a part at most (default 240)')
     parser.add_argument('--out', type=Path, help='write the JSON to this file too')
     parser.add_argument('--commit', default='', help='of this checkout, for the record')
@@ -192,11 +196,14 @@ def main():
     parser.add_argument('--base', help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part: return one_part(args.part, args)
+    # a decoder's own weights do not fit on a T4, and an encoder needs no LoRA to do so
+    others = {'train_r16', 'train_r64', 'attention'} if 'deberta' in args.model else {'train_full'}
+    wanted = args.only or [name for name in parts if name not in others]
     with tempfile.TemporaryDirectory() as work:
         args.base = f'{work}/base'
         figures = about() | dict(model=args.model, layers=args.layers or 'all', commit=args.commit, parts={})
         for name in PARTS:
-            if name not in args.only and name != 'weights': continue
+            if name not in wanted and name != 'weights': continue
             figures['parts'][name] = run_part(name, args)
             # what is known so far survives a stop
             if args.out: args.out.write_text(json.dumps(figures, indent=1) + '\n')

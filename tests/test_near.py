@@ -103,3 +103,12 @@ def test_check_says_how_many(tmp_path):
     done = CliRunner().invoke(app, ['check', str(file), '--json'])
     assert done.exit_code == 0, done.output
     assert json.loads(done.output.splitlines()[-1])['prompts nearly the same as another'] == 4
+
+
+def test_a_second_start_does_not_look_for_them_again(world, monkeypatch):
+    from underdog.model.settings import ModelConfig
+    from underdog.training import prepare
+    folds = lambda: prepare.describe(world/'train.csv', ModelConfig(str(world/'llama'), quantization='none')).rows['fold']
+    first = folds()
+    monkeypatch.setattr(prepare, 'fold_groups', None)
+    assert folds().tolist() == first.tolist()

@@ -28,7 +28,7 @@ from underdog.model.settings import ModelConfig
 from underdog.training.checkpoint import Checkpoints
 from underdog.training.health import Health, Unhealthy
 from underdog.training.loop import Silent, fit, rehearse
-from underdog.training.prepare import differences
+from underdog.training.prepare import describe, differences, find_earlier, prepare
 from underdog.training.settings import TrainConfig
 from underdog.training.step import FitData, Training
 
@@ -273,6 +273,24 @@ def test_other_settings_in_the_same_folder_are_refused_and_restart_clears(world,
     run = small_run(world, tmp_path/'run', lr=2e-2, session=dict(restart=True))
     assert run.status['state'] == 'finished'
     assert 'going on' not in run.log_file.read_text().split('process(es)')[-1]
+
+
+def test_other_labels_of_the_same_texts_are_another_run_and_no_cache_takes_them_for_the_same(world, tmp_path):
+    table, winners = pd.read_csv(world/'train.csv'), ['winner_model_a', 'winner_model_b']
+    table.assign(**{winners[0]: table[winners[1]], winners[1]: table[winners[0]]}).to_csv(tmp_path/'new.csv', index=False)
+    model = ModelConfig(str(world/'llama'), quantization='none', rank=4)
+    old, new = (describe(file, model, cfg=TrainConfig(n_folds=3)) for file in (world/'train.csv', tmp_path/'new.csv'))
+    assert old.config['data']['hash'] == new.config['data']['hash'] and differences(old.config, new.config) == ['labels']
+    # an earlier build did not note them
+    noted = old.config['data'].pop('labels')
+    assert differences(old.config, new.config) == []
+    old.config['data']['labels'] = noted
+    # rows and baselines of both, the second ones with the first ones in the cache
+    ours, theirs = (prepare(tmp_path/name, run).rows().sort_values('id') for name, run in (('a', old), ('b', new)))
+    assert ours['y_a'].tolist() == theirs['y_b'].tolist() != theirs['y_a'].tolist()
+    # what has learned from the one is not gone on with
+    Checkpoints(RunFolder(tmp_path/'a').checkpoint).save(5, dict(step=5))
+    with pytest.raises(UserError, match=r'another run \(labels differ\)'): find_earlier(tmp_path/'a', new.config)
 
 
 @slow

@@ -19,9 +19,8 @@ from ..core import (
 from ..machine import cache_folder, resolve_input, return_memory
 from ..runfolder import RunFolder, columns
 from ..data.competition import get_competition
-from ..data.floors import BASELINES, FLOORS, Floors, best_floor, fit_floors
+from ..data.floors import BASELINES, FLOORS, Floors, fit_floors, floor_folds, start_floor
 from ..data.folds import fold_groups, labels_of, make_folds
-from ..data.metrics import row_log_loss
 from ..data.rows import TEXTS, data_hash, read_rows
 from ..text.prompt import PromptConfig, Prompter
 from ..text.tokens import tokenize_rows
@@ -45,7 +44,7 @@ class Described:
     prompter: Prompter
 
 def describe(train_csv, model, prompt=PromptConfig(), cfg=TrainConfig(), competition=''):
-    """What training `model` (a `ModelConfig`) on the file `train_csv` means, as `Described`; nothing is written.
+    """What training `model` (a `ModelConfig`) on the file `train_csv` means, as `Described`; only the cache is written.
 
     `competition`: its name; '' finds it from the columns. Every `UserError` that can be found without a GPU
     is raised here."""
@@ -61,9 +60,10 @@ def describe(train_csv, model, prompt=PromptConfig(), cfg=TrainConfig(), competi
     compute_dtype(model, 'cuda')
     _check_adapted(model)
     if prompter.head.probe and not prompter.head.asks: check_score(resolve_input(model.path))
+    texts, labels = data_hash(df), fingerprint(labels_of(df, comp))
     config = dict(
         competition=comp.name,
-        data=dict(file=report.file, hash=data_hash(df), rows=len(df), repaired=report.repaired),
+        data=dict(file=report.file, hash=texts, labels=labels, rows=len(df), repaired=report.repaired),
         model=asdict(model),
         prompt=asdict(prompt),
         train=asdict(cfg.with_lr(model)),
@@ -75,7 +75,7 @@ def describe(train_csv, model, prompt=PromptConfig(), cfg=TrainConfig(), competi
     )
     # as it will be read back from its file: paths become texts, tuples lists
     config = json.loads(json.dumps(config, default=str))
-    return Described(config, with_folds(df, cfg), prompter)
+    return Described(config, with_folds(df, cfg, _kept_groups(df, texts, cache_folder())), prompter)
 
 def of_fold(described, k):
     "What training with fold=`k` means, of a `Described` training with fold='all': the same as `describe` says."
@@ -91,11 +91,20 @@ def _check_adapted(model):
     with torch.device('meta'): backbone = AutoModel.from_config(config)
     lora_targets(backbone, model.targets, model.lora_layers)
 
-def with_folds(df, cfg):
+def _kept_groups(df, texts, folder):
+    "`fold_groups` of `df`, kept in the cache `folder` by the hash of its `texts`: 57,000 prompts take ten seconds."
+    kept = Path(folder)/f'groups-{fingerprint(texts, build_id())}.parquet'
+    try: return read_table(kept, ['group'])['group'].to_numpy()
+    except UserError: groups = fold_groups(df)
+    with atomic_path(kept) as tmp: pd.DataFrame(dict(group=groups)).to_parquet(tmp)
+    return groups
+
+def with_folds(df, cfg, groups=None):
     """`df` with columns `group` and `fold`, and of the rows to train on only the share `cfg.share`.
 
-    Prompts are kept or left out as a whole; a smaller share is part of a larger one; all held-out rows are kept."""
-    groups = fold_groups(df)
+    Prompts are kept or left out as a whole; a smaller share is part of a larger one; all held-out rows are kept.
+    `groups`: what `fold_groups` says, if it was asked."""
+    if groups is None: groups = fold_groups(df)
     return _share_of(df.assign(group=groups, fold=make_folds(df, cfg.n_folds, cfg.seed, groups=groups)), cfg)
 
 def _share_of(df, cfg):
@@ -117,11 +126,14 @@ def _identity(config):
     hashes = {k: config.get(k) for k in ('template_hash', 'tokenizer_hash', 'base_hash')}
     # two boards may ask the same question
     question = get_competition(config['competition']).question if config.get('competition') else None
-    return train | model | hashes | {'data': config.get('data', {}).get('hash'), 'competition': question}
+    data = config.get('data', {})
+    return train | model | hashes | dict(data=data.get('hash'), labels=data.get('labels'), competition=question)
 
 def differences(one, other):
     "Names of the settings in which two configs are not the same run."
     a, b = _identity(one), _identity(other)
+    # an earlier build did not note the labels
+    if None in (a['labels'], b['labels']): a['labels'] = b['labels'] = None
     return sorted(k for k in a | b if a.get(k) != b.get(k))
 
 # %% ../../../nbs/4_training/07_prepare.ipynb #c565e84f
@@ -141,20 +153,6 @@ def _baselines_for(rows):
           '`underdog floors` fits the others', flush=True)
     return FLOORS
 
-def _inner_folds(df, groups, seed):
-    "Five folds of the training rows `df`, whatever `n_folds` is; fewer where these cannot have every class."
-    for n in (5, 4, 3):
-        try: return make_folds(df, n, seed, groups=groups)
-        except UserError: pass
-    return make_folds(df, 2, seed, groups=groups)
-
-def _start(y, predictions):
-    "The baseline to start from: the stack, unless another is better by more than two standard errors of that."
-    best = best_floor(y, predictions)
-    if best == 'stack' or 'stack' not in predictions: return best
-    gain = row_log_loss(y, predictions['stack']) - row_log_loss(y, predictions[best])
-    return best if gain.mean() > 2*gain.std()/len(gain)**.5 else 'stack'
-
 def _row_table(df, comp, cfg):
     "The `_RowTable` of rows `with_folds`; baselines are fitted on the training rows."
     y, folds = labels_of(df, comp), df['fold'].to_numpy()
@@ -162,9 +160,9 @@ def _row_table(df, comp, cfg):
     # baselines of training rows: out of fold, over folds of their own; of held-out rows: from all training rows
     inner, groups = np.full(len(df), -1), pd.factorize(df['group'])[0]
     learned = pd.factorize(groups[~held])[0]   # their groups, numbered as they come
-    inner[~held] = _inner_folds(df[~held], learned, cfg.seed + 1)
+    inner[~held] = floor_folds(df[~held], learned, cfg.seed + 1)
     floors, predictions = fit_floors(df, comp, inner, _baselines_for(len(df)), groups=groups)
-    best = _start(y[~held], {name: p[~held] for name, p in predictions.items()})
+    best = start_floor(y[~held], {name: p[~held] for name, p in predictions.items()})
     # together, as columns
     table = pd.DataFrame({'id': df['id'], 'group': groups, 'fold': folds, 'held': held})
     table[columns('y', comp)] = y
@@ -176,7 +174,7 @@ def _kept_row_table(df, comp, cfg, folder, whole):
 
     `whole`: the hash of the file of which `df` is a share. The baselines of 57,000 rows take a minute, and a sweep
     needs them for every run."""
-    parts = [whole, cfg.share, comp.name, cfg.n_folds, cfg.fold, cfg.seed, build_id()]
+    parts = [whole, labels_of(df, comp), cfg.share, comp.name, cfg.n_folds, cfg.fold, cfg.seed, build_id()]
     kept = Path(folder)/f'floors-{fingerprint(*parts)}'
     # from the cache
     try:
