@@ -142,7 +142,7 @@ def test_rows_of_one_prompt_have_one_vote():
     "Copies of 60 rows weigh as those rows do; taken for 600 rows they would be believed (85 prompts of PandaLM)."
     y, preds = two_views(np.random.default_rng(3), 60, True)
     copies = np.repeat(np.arange(60), 10)
-    copied = {n: p[copies] for n, p in preds.items()}
+    copied = {name: p[copies] for name, p in preds.items()}
     of_copies = lambda groups: Blend.fit(y[copies], copied, ['baseline'], groups).weights
     once, told, untold = Blend.fit(y, preds, ['baseline']).weights, of_copies(copies), of_copies(None)
     assert told == pytest.approx(once, abs=1e-3)

@@ -15,7 +15,7 @@ from underdog.data.metrics import log_loss, softmax
 from underdog.model.head import make_head
 from underdog.model.settings import ModelConfig
 from underdog.runfolder import columns
-from underdog.training import table
+from underdog.data.floors import floor_folds, start_floor
 from underdog.training.loop import Silent, fit, rehearse
 from underdog.training.probe import fit_probe, start_from_probe
 from underdog.training.settings import TrainConfig
@@ -174,9 +174,9 @@ def test_it_starts_from_the_stack_unless_another_is_surely_better():
     alike = softmax(np.log(stack) + surer*y)
     better = softmax(np.log(stack) + y)
     assert log_loss(y, alike) < log_loss(y, stack)
-    assert table._start(y, dict(traits=alike, stack=stack)) == 'stack'
-    assert table._start(y, dict(traits=better, stack=stack)) == 'traits'
-    assert table._start(y, dict(prior=stack, tfidf=better)) == 'tfidf'   # the quick ones have no stack
+    assert start_floor(y, dict(traits=alike, stack=stack)) == 'stack'
+    assert start_floor(y, dict(traits=better, stack=stack)) == 'traits'
+    assert start_floor(y, dict(prior=stack, tfidf=better)) == 'tfidf'   # the quick ones have no stack
 
 
 def test_baselines_of_training_rows_do_not_depend_on_the_number_of_folds():
@@ -184,11 +184,11 @@ def test_baselines_of_training_rows_do_not_depend_on_the_number_of_folds():
     n = 60
     df = pd.DataFrame(dict(prompt=[[f'question {i}'] for i in range(n)], **{
         c: (np.arange(n) % 3 == j).astype(float) for j, c in enumerate(('a', 'b', 'tie'))}))
-    folds = table._inner_folds(df, np.arange(n), 1)
+    folds = floor_folds(df, np.arange(n), 1)
     assert sorted(np.unique(folds)) == [0, 1, 2, 3, 4]
     # as many as have every class
     few = df.iloc[:9]
-    assert len(np.unique(table._inner_folds(few, np.arange(9), 1))) == 3
+    assert len(np.unique(floor_folds(few, np.arange(9), 1))) == 3
 
 
 def test_a_scaled_head_is_itself_again():

@@ -15,9 +15,8 @@ import pandas as pd
 
 from ..core import UserError, atomic_path, build_id, fingerprint, read_record, read_table, write_json
 from ..runfolder import columns
-from ..data.floors import BASELINES, FLOORS, Floors, best_floor, fit_floors
+from ..data.floors import BASELINES, FLOORS, Floors, fit_floors, floor_folds, start_floor
 from ..data.folds import fold_groups, labels_of, make_folds
-from ..data.metrics import row_log_loss
 
 # %% ../../../nbs/4_training/06c_table.ipynb #e4dc0d96
 def kept_groups(df, texts, folder):
@@ -63,20 +62,6 @@ def _baselines_for(rows):
           '`underdog floors` fits the others', flush=True)
     return FLOORS
 
-def _inner_folds(df, groups, seed):
-    "Five folds of the training rows `df`, whatever `n_folds` is; fewer where these cannot have every class."
-    for n in (5, 4, 3):
-        try: return make_folds(df, n, seed, groups=groups)
-        except UserError: pass
-    return make_folds(df, 2, seed, groups=groups)
-
-def _start(y, predictions):
-    "The baseline to start from: the stack, unless another is better by more than two standard errors of that."
-    best = best_floor(y, predictions)
-    if best == 'stack' or 'stack' not in predictions: return best
-    gain = row_log_loss(y, predictions['stack']) - row_log_loss(y, predictions[best])
-    return best if gain.mean() > 2*gain.std()/len(gain)**.5 else 'stack'
-
 def row_table(df, comp, cfg):
     "The `RowTable` of rows `with_folds`; baselines are fitted on the training rows."
     y, folds = labels_of(df, comp), df['fold'].to_numpy()
@@ -84,9 +69,9 @@ def row_table(df, comp, cfg):
     # baselines of training rows: out of fold, over folds of their own; of held-out rows: from all training rows
     inner, groups = np.full(len(df), -1), pd.factorize(df['group'])[0]
     learned = pd.factorize(groups[~held])[0]   # their groups, numbered as they come
-    inner[~held] = _inner_folds(df[~held], learned, cfg.seed + 1)
+    inner[~held] = floor_folds(df[~held], learned, cfg.seed + 1)
     floors, predictions = fit_floors(df, comp, inner, _baselines_for(len(df)), groups=groups)
-    best = _start(y[~held], {name: p[~held] for name, p in predictions.items()})
+    best = start_floor(y[~held], {name: p[~held] for name, p in predictions.items()})
     # together, as columns
     table = pd.DataFrame({'id': df['id'], 'group': groups, 'fold': folds, 'held': held})
     table[columns('y', comp)] = y
