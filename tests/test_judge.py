@@ -154,6 +154,7 @@ def test_runs_are_compared_on_shared_rows_and_ties_are_said(finished, world, tmp
     other = small_run(world, tmp_path/'other', lr=1e-4)
     compared = compare_runs([finished.path, other.path])
     assert compared.settings['setting'].tolist() == ['train.lr'] and compared.costs['run'].tolist() == ['run', 'other']
+    assert compared.costs['folder'].tolist() == [str(finished.path), str(other.path)]
     table = compared.table.set_index('prediction')
     losses = [finished.metrics()['eval_loss'].dropna().iloc[-1], other.metrics()['eval_loss'].dropna().iloc[-1]]
     assert table.loc[['run', 'other'], 'log loss'].tolist() == pytest.approx(losses)

@@ -23,7 +23,7 @@ class Comparison(NamedTuple):
     "Runs side by side."
     table: pd.DataFrame      # per prediction, the best first: name, loss, low, high, worse by, its interval, verdict
     settings: pd.DataFrame   # setting, then a column per run: those in which they differ
-    costs: pd.DataFrame      # per run: state, steps, minutes, device
+    costs: pd.DataFrame      # per run: state, steps, minutes, device, folder
     figure: object           # held-out curves over each other
     rows: int                # that are compared
 
@@ -74,8 +74,9 @@ def _costs(first):
     for name, run in first.items():
         status, config = run.status, run.config
         device = config['versions'].get('gpu') or 'CPU'
-        rows.append((name, status['state'], status['step'], round(status['elapsed_s']/60, 2), device))
-    return pd.DataFrame(rows, columns=['run', 'state', 'steps', 'minutes', 'device'])
+        minutes = round(status['elapsed_s']/60, 2)
+        rows.append((name, status['state'], status['step'], minutes, device, str(run.path)))
+    return pd.DataFrame(rows, columns=['run', 'state', 'steps', 'minutes', 'device', 'folder'])
 
 # %% ../../../nbs/8_console/04a_compare.ipynb #9ec784f1
 def comparison_sections(compared):
