@@ -254,7 +254,7 @@ def _fit_without(df, comp, folds, held, names=FLOORS, groups=None):
     if 'trees' in names: import sklearn.ensemble   # noqa: F401  else its OpenMP is not there yet to be limited
     def alone(fold):
         with threadpool_limits(1, 'openmp'): return fit(fold)
-    quick = 'trees' not in names or len(df) < 2000
+    quick = 'trees' not in names or len(df) < 500
     with threadpool_limits(1, 'blas'), ThreadPoolExecutor(os.cpu_count()) as pool:
         with progress_bar(len(held), 'baselines', 'fit', disable=quick) as bar:
             fits = []
