@@ -189,7 +189,8 @@ def disturb(world, name, out, *, rng, seconds, kills):
     target, faults, events = TARGETS[name], [], []
     for _ in range(kills):
         way, pattern = rng.choice(target.ways), rng.choice(target.written)
-        after = rng.uniform(0, seconds*(.7 if pattern else 1.))
+        # some of the work is done already when it goes on, and a file is still to come
+        after = rng.uniform(0, seconds*(.4 if pattern else .8))
         job = begin(target, world, out)
         if not wait_for(job, after, pattern, out, limit_s=4*seconds + 30): break
         events.append(f'{way} after {after:.1f} s{" at " if pattern else ""}{pattern}')
