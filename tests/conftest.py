@@ -1,5 +1,6 @@
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -19,6 +20,9 @@ OFFLINE = REPO/'tests'/'offline'
 if os.environ.get('UNDERDOG_KAGGLE_CLIENT'):
     sys.path.insert(0, os.environ['UNDERDOG_KAGGLE_CLIENT'])
     os.environ['PYTHONPATH'] = os.pathsep.join([os.environ['UNDERDOG_KAGGLE_CLIENT'], os.environ.get('PYTHONPATH', '')])
+
+# a shell that starts this in the background has Ctrl-C ignored, and children would inherit that
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # no test reaches another machine: neither this process nor one that it starts
 os.environ['PYTHONPATH'] = os.pathsep.join([str(OFFLINE), os.environ.get('PYTHONPATH', '')])

@@ -275,7 +275,7 @@ print("rows", *(p.read_text() for p in Path(os.environ["UNDERDOG_KAGGLE"]).rglob
 
 # ---- watching
 def test_a_log_is_followed_live_and_a_failure_is_named(server, hub, tmp_path):
-    slow = 'import time\nfor i in range(4): print("line", i, flush=True); time.sleep(.3)'
+    slow = 'import time\nfor i in range(4): print(f"line {i}", flush=True); time.sleep(.3)'
     k = write_notebook(tmp_path/'k.ipynb', slow, 'raise ValueError("n is odd")')
     pushed = push_kernel(hub, k, {}, 'small-kernel', settings=CPU)
     while server.kernels[pushed.ref]['versions'][0]['job'].status == 'QUEUED': time.sleep(.02)

@@ -181,7 +181,8 @@ def test_what_is_ranked_fits_and_its_command_is_one(capsys):
     assert sizes == sorted(sizes)
 
     with pytest.raises(SystemExit, match='0'): main(['plan', '--hours', '20', '--rows', '500'])
-    *_, verdict, command = capsys.readouterr().out.splitlines()
+    *_, verdict, command, owner = capsys.readouterr().out.splitlines()
     assert verdict.startswith('the largest for 20 h is') and shlex.split(command)[:3] == ['underdog', 'relay', 'train']
+    assert owner.startswith('(OWNER/')
     given = dict(text.split('=', 1) for text in shlex.split(command)[4::2])
     assert set(given) <= set(kernel_parameters(find_kernel('train')))

@@ -40,13 +40,15 @@ def write_peft(adapter, folder, base):
 
 # %% ../../../nbs/8_console/04c_export.ipynb #06947f5f
 def scores_of(run):
-    "DataFrame (prediction, log loss, from, to) of model, best baseline and class prior on the held-out rows of `run`."
+    "DataFrame (prediction, log loss, from, to) of model, best baselines and class prior on the held-out rows of `run`."
     comp, oof = get_competition(run.config['competition']), run.oof()
     y, groups = oof[columns('y', comp)].to_numpy(float), oof['group'].to_numpy()
     names = {'model': 'p'} | {f'baseline: {name}': f'floor_{name}' for name in baselines_in(oof)}
     predictions = {name: oof[columns(prefix, comp)].to_numpy(float) for name, prefix in names.items()}
     best = best_floor(y, {name: p for name, p in predictions.items() if name != 'model'})
-    shown = dict.fromkeys(('model', best, 'baseline: prior'))
+    # the best one as it turned out, and the one that was chosen beforehand
+    chosen = f"baseline: {run.config['best_floor']}"
+    shown = [name for name in dict.fromkeys(('model', best, chosen, 'baseline: prior')) if name in predictions]
     scores = score_table(y, {name: predictions[name] for name in shown}, groups)
     return scores[['name', 'loss', 'low', 'high']].set_axis(['prediction', 'log loss', 'from', 'to'], axis=1)
 

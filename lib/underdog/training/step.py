@@ -158,8 +158,9 @@ class Training:
         bad = set(batch.rows[~losses.isfinite()].tolist())
         loss = losses.sum()*weight
         if not bad:
-            self.accelerator.backward(loss)
+            # before the backward pass: what is asked of the device waits for what it has to do
             if self.unseen: self.unseen.hear(batch.rows, logits)
+            self.accelerator.backward(loss)
         return loss.detach(), bad
 
     def _backward_in_memory(self, shown, weight):

@@ -40,7 +40,8 @@ class Unseen:
 
     def hear(self, rows, logits):
         "Take in the model's `logits` (B, C) of presentations of `rows` (B,)."
-        self.heard.append((rows, logits.detach().float()))
+        # numbers of rows come to the host at once: one by one, each would wait for the device
+        self.heard.append((rows.tolist(), logits.detach().float()))
 
     def note(self, step, rows, accelerator):
         "Keep what was heard of the `rows` of a `step` (from 0), from all processes of the `accelerator`."
@@ -49,7 +50,7 @@ class Unseen:
         place = {int(row): i for i, row in enumerate(rows)}
         total = torch.zeros(len(rows), self.logits.shape[1] + 1, device=accelerator.device)
         for own, logits in heard:
-            where = torch.tensor([place[int(row)] for row in own], device=total.device)
+            where = torch.tensor([place[row] for row in own], device=total.device)
             total.index_add_(0, where, torch.cat([logits, torch.ones_like(logits[:, :1])], 1))
         if accelerator.num_processes > 1: total = accelerator.reduce(total, 'sum')
         # the mean of the orders of a row; 0 where its loss was not finite
