@@ -44,14 +44,17 @@ def _range(curves):
     "The lowest and the highest value to show: all marks and levels, and of a line all but its highest tenth."
     values = [(c.y.min(), np.quantile(c.y, .9) if c.kind == 'line' else c.y.max()) for c in curves]
     low, high = min(v[0] for v in values), max(v[1] for v in values)
-    # a flat curve is drawn in the middle
-    return (low, high) if high - low > 1e-9 else (low - .01, high + .01)
+    # a flat curve is drawn in the middle, however large its value is
+    size = max(abs(low), abs(high), 1.)
+    return (low, high) if high - low > 1e-9*size else (low - .01*size, high + .01*size)
+
+_LARGEST = 1e150   # of a number that can be drawn: differences and products of two are finite
 
 def _finite(curves):
     "`curves` without the points that are no numbers, sorted along x; those without any left out."
     for curve in curves:
         x, y = np.asarray(curve.x, float), np.asarray(curve.y, float)
-        known = np.isfinite(x) & np.isfinite(y)
+        known = (np.abs(x) < _LARGEST) & (np.abs(y) < _LARGEST)
         order = np.argsort(x[known], kind='stable')
         if known.any(): yield curve._replace(x=x[known][order], y=y[known][order])
 
