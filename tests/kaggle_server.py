@@ -168,6 +168,14 @@ class Job(threading.Thread):
         notebook.write_text(self.version['request']['text'])
         command = [sys.executable, '-m', 'papermill', str(notebook), str(self.output/'__notebook__.ipynb'),
                    '--log-output', '--no-progress-bar']
+        # two notebooks that start at once on this machine may choose the same ports, and one dies before its first cell
+        for _ in range(3):
+            code = self.run_once(command)
+            if code <= 0 or any('Executing Cell' in event['data'] for event in self.events): break
+        return code
+
+    def run_once(self, command):
+        "Run the `command` and take in its log; its exit code."
         self.process = subprocess.Popen(
             command, cwd=self.output, env=self.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, start_new_session=True)
