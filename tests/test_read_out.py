@@ -1,14 +1,18 @@
 "A head that answers a question starts from the language model's own words, where it has such words and they tell."
+import shutil
+
 import datasets
 import numpy as np
 import pytest
 import torch
 from fixtures import CHATML, family_config, make_base, make_tokenizer, predictions, small_run
 
+from underdog.core import UserError
 from underdog.data.answers import davidson
 from underdog.data.metrics import log_loss
 from underdog.inference.settings import InferConfig
 from underdog.model.backbone import host_embedding
+from underdog.model.folder import word_rows
 from underdog.model.merge import load_adapter, save_adapter
 from underdog.model.model import load_model
 from underdog.model.settings import ModelConfig
@@ -176,3 +180,10 @@ def test_a_run_tells_and_is_inferred_with(world, bases, tmp_path):
                      for merge in (False, True))
     columns = ['p_a', 'p_b', 'p_tie']
     np.testing.assert_allclose(plain[columns], merged[columns], rtol=1e-3, atol=1e-3)
+
+
+def test_broken_weights_are_one_message(bases, tmp_path):
+    broken = tmp_path/'broken'
+    shutil.copytree(next(iter(bases.values())), broken)
+    (broken/'model.safetensors').write_bytes(b'no weights')
+    with pytest.raises(UserError, match='model.safetensors: cannot be read'): word_rows(broken, [0])

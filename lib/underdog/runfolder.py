@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from underdog.core import (
-    UserError, append_line, atomic_path, atomic_write, check_name, disk_full, read_lines, read_record, read_table,
-    write_json)
+from .core import UserError, atomic_path, atomic_write, check_name, disk_full, write_json
+from .core import append_line, read_lines, read_record, read_table
 from .machine import resolve_input
 
 # %% ../../nbs/04_runfolder.ipynb #562db827

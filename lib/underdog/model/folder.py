@@ -8,7 +8,7 @@ __all__ = ['weight_files', 'base_hash', 'check_score', 'word_rows', 'backbone_co
 # %% ../../../nbs/3_model/00a_folder.ipynb #96a37727
 from pathlib import Path
 
-from ..core import UserError, check_name, fingerprint, first_line, read_record
+from ..core import UserError, check_name, fingerprint, first_line, open_tensors, read_record
 from ..machine import resolve_input
 
 # %% ../../../nbs/3_model/00a_folder.ipynb #d12b2178
@@ -73,10 +73,9 @@ def word_rows(path, ids, embedding=''):
 
     `embedding`: the end of the name of the input embedding, given where the config ties it to that head."""
     import torch
-    from safetensors import safe_open
     for wanted in filter(None, ('lm_head.weight', embedding)):
         for file in weight_files(path):
-            with safe_open(file, 'pt') as f:
+            with open_tensors(file) as f:
                 for name in f.keys():
                     if name != wanted and not name.endswith(f'.{wanted}'): continue
                     rows = f.get_slice(name)

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from ..data.competition import get_competition
-from ..data.folds import labels_of, prompt_groups
+from ..data.folds import fold_groups, labels_of
 from ..data.rows import read_rows
 from ..machine import cache_folder
 from ..model.head import pool, pool_packed
+from ..model.memory import blocks
 from ..model.model import load_model
 from ..text.pack import Packed
 from ..text.prompt import PromptConfig, Prompter
@@ -26,11 +27,6 @@ from ..text.tokens import tokenize_rows
 from .probe import fit_probe, pair_features
 
 # %% ../../../nbs/4_training/06b_depth.ipynb #69426dfc
-def _blocks(backbone):
-    "The layers of a backbone, in order."
-    n = backbone.config.num_hidden_layers
-    return next(m for m in backbone.modules() if isinstance(m, nn.ModuleList) and len(m) == n)
-
 class _Depths:
     "Takes the place of `model.features`: the states of all depths side by side, (S, depths*h)."
     def __init__(self, model, depths):
@@ -40,14 +36,14 @@ class _Depths:
 
     def __call__(self, batch):
         "Pooled states of all depths for the `batch`."
-        pooled, blocks, how = [], _blocks(self.model.backbone), self.model.cfg.pooling
+        pooled, layers, how = [], blocks(self.model.backbone), self.model.cfg.pooling
         def keep(block, args, out):
             states = self.norm(out[0] if isinstance(out, tuple) else out)
             if isinstance(batch, Packed):
                 every = torch.arange(batch.tokens, device=states.device)
                 pooled.append(pool_packed(states.reshape(-1, states.shape[-1]), batch, how, every))
             else: pooled.append(pool(states, batch, how))
-        hooks = [blocks[depth - 1].register_forward_hook(keep) for depth in self.depths]
+        hooks = [layers[depth - 1].register_forward_hook(keep) for depth in self.depths]
         try: self.whole(batch)
         finally:
             for hook in hooks: hook.remove()
@@ -78,7 +74,7 @@ def probe_depths(train_csv, model, prompt=PromptConfig(), rows=400, every=2, see
     depths = sorted({*range(every, n + 1, every), n})
     states = depth_features(whole, source, np.arange(len(df)), depths)
     # a probe at each
-    known = dict(y=labels_of(df, comp), groups=prompt_groups(df))
+    known = dict(y=labels_of(df, comp), groups=fold_groups(df))
     if comp.n_classes == 3: known['tie'] = torch.zeros(())
     probes = [fit_probe(both[:, 0] - both[:, 1], **known) for both in states]
     return pd.DataFrame(dict(layers=depths, loss=[p.loss for p in probes], ridge=[p.ridges[0] for p in probes]))

@@ -18,7 +18,7 @@ from ..model.head import PairHead
 from ..text.bins import rank_share
 from ..text.heads import orders_of
 from .health import Unhealthy
-from .read_out import fit_words, find_words
+from .read_out import find_words, fit_words, worth
 
 # %% ../../../nbs/4_training/06_probe.ipynb #10fda24d
 @torch.no_grad()
@@ -39,9 +39,10 @@ def pair_features(model, source, rows, budget=8192, accelerator=None, width=None
         bar.disable = bar.disable or rank > 0
         for part in source.bins(own_rows, budget, orders):
             batch = source.batch([(row, order) for row in part for order in orders]).to(weight.device)
-            states, places = model.features(batch), [position[int(row)] for row in batch.rows]
+            # numbers come to the host at once: one by one, each would wait for the device
+            states, places = model.features(batch), [position[row] for row in batch.rows.tolist()]
             # a state for each order; or first those of all answers A (or of A before B), then those of all answers B
-            if len(orders) == 2: features[places, [int(swapped) for swapped in batch.swapped]] = states
+            if len(orders) == 2: features[places, batch.swapped.int().tolist()] = states
             else: features[places] = torch.stack(states.split(len(part))[:2], 1)
             bar.update(len(part))
     model.train(was_training)
@@ -194,12 +195,8 @@ def _fit_stored(head, features, fit):
     tensors = {'score.weight': probe.weights*head.score.weight.detach().cpu()}
     if probe.tie is not None: tensors['tie'] = probe.tie
     # how good it is as it stands
-    loss, prior = lambda log_p: float(-(y*log_p).sum(1).mean()), np.log(y.mean(0).clip(1e-6))
-    line = (f"the head is the reward model's own, times {float(probe.weights):.3g}: out-of-fold log loss without "
-            f'training {alone.loss:.4f} on {len(x)} rows, where the class prior has {loss(prior):.4f}')
-    if offset is not None: line += f'; with the baseline {probe.loss:.4f}, the baseline alone {loss(offset):.4f}'
-    line += '. If the reward model was trained on rows of this competition, these losses are too low'
-    return tensors, probe.gap, line
+    line = f"the head is the reward model's own, {worth(probe, alone, y, offset)}. If the reward model was trained on "
+    return tensors, probe.gap, line + 'rows of this competition, these losses are too low'
 
 # %% ../../../nbs/4_training/06_probe.ipynb #83092b25
 def start_from_probe(model, data, groups, rows, seed=0, accelerator=None, unseen=None):
