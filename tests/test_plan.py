@@ -261,3 +261,30 @@ def test_the_command_prints_a_table_and_json(tmp_path):
     assert 'layers' in run('mistral-7b', '--on', 'A10G').stdout
     wrong = run('gemma-2-9b', '--on', 'T9')
     assert wrong.returncode == 1 and 'Traceback' not in wrong.stderr
+
+
+# ---- the command
+def planned(*args):
+    "What `underdog plan` prints on 80 columns."
+    from typer.testing import CliRunner
+
+    from underdog.console.main import app
+    done = CliRunner().invoke(app, ['plan', *args], env=dict(COLUMNS='80'))
+    return done.output + str(done.exception or '')
+
+
+@pytest.mark.parametrize('tuning', ['full', 'layers'])
+def test_weights_that_are_trained_are_not_quantized_unless_that_is_asked_for(tuning):
+    output = planned('qwen3-0.6b', '--tuning', tuning)
+    assert f'-p tuning={tuning} -p quantization=none' in output and 'pair head, none' in output, output
+    assert 'cannot be trained; set quantization=none' in planned('qwen3-0.6b', '--tuning', tuning,
+                                                                 '--quantization', 'nf4')
+    usual = planned('qwen3-0.6b')
+    assert 'pair head, nf4' in usual and '-p quantization' not in usual
+
+
+def test_a_model_has_one_line_in_the_ranking():
+    "On 80 columns, changes of the recipe included."
+    output = planned()
+    lines = [line for line in output.splitlines() if line.startswith('│')]
+    assert len(lines) > 20 and all(line.split('│')[1].strip() for line in lines), output

@@ -34,6 +34,7 @@ python -c 'import urllib.request as u; u.urlopen("https://www.kaggle.com")' || e
     output = done.stdout
     assert done.returncode == 0, output
     assert 'model google/gemma-2/transformers/gemma-2-2b-it/2' in output and 'session 1: finished' in output
+    assert '• gemma-2-2b-it in nf4, pair head' in output, 'by its name, not by the version that ends its path'
     assert 'submission.csv is valid, 3 rows' in output and 'CV and leaderboard' in output
     assert 'Kernel version 1 successfully pushed' in output and 'runs/gemma-1-1/run/report.html' in output
     assert 'a test wants to reach www.kaggle.com' in output and output.rstrip().endswith('nothing leaves')

@@ -4,9 +4,11 @@ import pandas as pd
 
 from underdog.console.figures import (calibration_error, figure_png, plot_calibration, plot_confusion, plot_intervals,
                                       plot_lengths, plot_loss, plot_probabilities, save_figure)
+from underdog.console.judge import Finding
 from underdog.console.report import run_figures, write_report
 from underdog.core import write_json
 from underdog.data.competition import LMSYS
+from underdog.data.metrics import Margin
 from underdog.runfolder import RunFolder
 
 
@@ -66,3 +68,17 @@ def test_a_run_shows_what_there_is_of_it(finished, tmp_path):
     write_json(run.config_file, finished.config)
     for file in (run.metrics_file, run.oof_file): file.unlink()
     assert list(run_figures(run, LMSYS)) == ['Lengths']
+
+
+def test_what_is_to_be_typed_looks_so_and_only_wide_figures_are_moved_sideways(tmp_path):
+    said = [Finding('flat', 'more rows; `underdog scale` tells what they bring'), '`a < b` holds', 'a\n`b`']
+    y, p = np.eye(3)[[0]], np.array([[.5, .3, .2]])
+    page = write_report(tmp_path/'r.html', 'x', [('x', [*said, plot_lengths([5]), plot_confusion(y, p)])]).read_text()
+    assert '<code>underdog scale</code>' in page and '<code>a &lt; b</code>' in page and '<pre>a\n`b`</pre>' in page
+    assert page.count('class="figure wide"') == page.count('class="figure"') == 1
+    assert '  .wide img' in page.split('max-width: 30rem')[1].split('@media')[0]
+
+
+def test_nothing_is_less_than_zero_to_four_digits():
+    assert '+0.0000 [+0.0000, +0.0000]' in str(Margin('stack', -1e-9, -4e-5, -0.))
+    assert '-0.0001 [-0.0002, +0.0001]' in str(Margin('stack', -.0001, -.0002, .0001))

@@ -339,3 +339,22 @@ def test_figures_do_not_grow_with_what_is_drawn(tmp_path):
     axes = [ax for part in figure.subfigs for ax in part.axes]
     assert max(len(ax.get_xticklabels()) for ax in axes) <= 20
     assert max(len(label.get_text()) for ax in axes for label in ax.get_xticklabels()) < 30
+
+
+def test_the_table_of_a_sweep_of_two_settings_fits_a_terminal(monkeypatch, capsys):
+    "As a table, not as a list of blocks; a state is told where it differs."
+    from underdog.console.searching import _best_first
+    from underdog.console.tables import print_frame
+    monkeypatch.setenv('COLUMNS', '80')
+    trials = pd.DataFrame(dict(trial=['trial-a12566b8b0', 'trial-8642d9791e'], lr=[1e-4, 1e-3], head_lr=[1e-3, 5e-3],
+                               state='complete', loss=[1.0856, 1.0843], seconds=[1106.63, 99.3], cpu_s=[20.1, 19.4],
+                               gpu_s=0.))
+    verdicts = {'trial-a12566b8b0': 'tie', 'trial-8642d9791e': 'best'}
+    print_frame('sweep.yaml: best first', _best_first(trials, ['lr', 'head_lr'], verdicts))
+    lines = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.split('│')[1:-1]] for line in lines if line.startswith('│')]
+    assert rows == [['trial-8642d9791e', '0.0010', '0.0050', '1.0843', 'best', '99', '19'],
+                    ['trial-a12566b8b0', '0.0001', '0.0010', '1.0856', 'tie', '1107', '20']]
+    trials.loc[0, ['state', 'loss', 'seconds']] = 'failed', None, None
+    table = _best_first(trials, ['lr', 'head_lr'], {})
+    assert table['state'].tolist() == ['complete', 'failed'] and table['seconds'].tolist() == ['99', '']

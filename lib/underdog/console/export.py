@@ -10,7 +10,7 @@ import re, shutil
 from pathlib import Path
 
 from ..core import UserError, atomic_folder, check_name, coerce, write_json
-from ..machine import resolve_input
+from ..machine import model_name, resolve_input
 from ..runfolder import RunFolder, baselines_in, columns
 from ..data.competition import get_competition
 from ..data.floors import best_floor
@@ -93,7 +93,7 @@ def model_card(run, base, kind):
     from huggingface_hub import ModelCardData
     config, path = run.config, resolve_input(base)
     comp, model = get_competition(config['competition']), config['model']
-    name, licence = path.name, _licence(path)
+    name, licence = model_name(path), _licence(path)
     data = ModelCardData(
         base_model=name,
         license='other',
@@ -173,7 +173,7 @@ def export_run(run, out, merged=False, base=''):
             merge(run.adapter, tmp/'model', base=base)
             for file in (tmp/'model').iterdir(): file.replace(tmp/file.name)
             (tmp/'model').rmdir()
-        else: write_peft(run.adapter, tmp, resolve_input(base).name)
+        else: write_peft(run.adapter, tmp, model_name(resolve_input(base)))
         # a card of its own; that of the base model, if it has one, is not ours
         (tmp/'README.md').write_text(model_card(run, base, kind))
         config = run.config

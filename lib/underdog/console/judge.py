@@ -6,11 +6,11 @@
 __all__ = ['Finding', 'judge']
 
 # %% ../../../nbs/8_console/03a_judge.ipynb #f4319dde
-from pathlib import PurePath
 from typing import NamedTuple
 
 import numpy as np
 
+from ..machine import model_name
 from ..runfolder import columns
 from ..session import duration
 from ..data.competition import get_competition
@@ -41,7 +41,7 @@ def _about(run):
     # the model
     kept = f", its first {model['layers']} layers" if model['layers'] else ''
     bits = '' if model['quantization'] == 'none' else f" in {model['quantization']}"
-    parts = [f"{PurePath(model['path']).name}{kept}{bits}, {model['head']} head, {_trained_of(model)}"]
+    parts = [f"{model_name(model['path'])}{kept}{bits}, {model['head']} head, {_trained_of(model)}"]
     # its rows; its device and time
     if 'train_rows' in data: parts.append(f"{data['train_rows']:,} rows to train on, epochs={train['epochs']:g}")
     device = config['versions'].get('gpu') or 'CPU'

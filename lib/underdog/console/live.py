@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 import pandas as pd
 
 from ..core import UserError
+from ..machine import model_name
 from .chart import Curve, chart, sparkline
 from .figures import figure_png, plot_loss, smoothed
 from .judge import judge
@@ -42,7 +43,7 @@ def picture(view, width=80, height=24, plain=False):
 def _about(view):
     "Model, head and progress of a run, in a few words."
     model = view.config.get('model', {})
-    parts = [os.path.basename(model['path']), f"{model['head']} head"] if {'path', 'head'} <= set(model) else []
+    parts = [model_name(model['path']), f"{model['head']} head"] if {'path', 'head'} <= set(model) else []
     return ', '.join([*_progress(view), *parts])
 
 def _progress(view):

@@ -25,6 +25,7 @@ FOLDS = option(int, 'as many models, trained one after another (fold=all); 1: a 
 TABLE = option(Path | None, 'your own table of accelerators')
 SCORED = option(int, 'of the scored run', min=1, max=10**9)
 TUNING = option(str, 'lora; full: every weight of a small model; layers: all but its embedding')
+QUANTIZATION = option(str, "nf4, int8, none; '': nf4 for LoRA, none where the weights themselves are trained")
 HOURS = option(float, 'that there are for the training', '--hours')
 CALIBRATED = option(Path | None, 'probe.json of `underdog probe`: plan for that machine, as it was measured')
 CALIBRATE = option(bool, 'time a few real steps on this machine instead; wants a model folder and a csv', '--calibrate')
@@ -40,7 +41,7 @@ def plan(
     max_length: option(int, 'tokens of one sequence') = 1024,
     tuning: TUNING = 'lora',
     rank: option(int, 'of LoRA') = 16,
-    quantization: option(str, 'nf4, int8, none') = 'nf4',
+    quantization: QUANTIZATION = '',
     epochs: option(float, 'passes over the rows') = 1.,
     folds: FOLDS = 1,
     rows: option(int, 'of the training; 0: all of the file', min=0) = 0,
@@ -60,7 +61,7 @@ def plan(
     from underdog.search.estimate import make_plan
     from underdog.search.recipe import Recipe
     from underdog.search.shapes import accelerator, model_shape
-    what = dict(tuning=tuning, rank=rank, quantization=quantization)
+    what = dict(tuning=tuning, rank=rank, quantization=_bits(tuning, quantization))
     recipe = Recipe(head=head, max_length=max_length, epochs=epochs, **what).over(folds)
     if calibrate: return _print_calibration(_calibrated(model, file, recipe), json_)
     card, measured = accelerator(on, accelerators), []
@@ -74,8 +75,12 @@ def plan(
     if json_:
         return typer.echo(json.dumps(dict(model=shape.name, accelerator=card.name, lines=[asdict(x) for x in lines])))
     name = model if Path(model).exists() else shape.name
-    _print_plan(f'{name} on {card.name}, {head} head, {quantization}', lines)
+    _print_plan(f'{name} on {card.name}, {head} head, {recipe.quantization}', lines)
     _print_verdict(f'{name} fits on {card.name}', lines, budget_hours, _relay(shape.name, {}, recipe))
+
+def _bits(tuning, quantization):
+    "The `quantization`, or what is usual where none was given: weights in few bits cannot be trained."
+    return quantization or ('nf4' if tuning == 'lora' else 'none')
 
 # %% ../../../nbs/8_console/07_planning.ipynb #51946043
 # where Kaggle has a model; of the others the page says it
@@ -117,9 +122,9 @@ def _rank(card, hours, recipe, lengths, efficiency, as_json):
     for r in ranked:
         how = ', '.join(f'{k}={v}' for k, v in r.changes.items())
         if r.hours is None: rows.append((r.model, '', '', '', 'does not fit'))
-        else: rows.append((r.model, f'{r.hours:.1f}', f'{r.from_hours:.1f} to {r.to_hours:.1f}',
+        else: rows.append((r.model, f'{r.hours:.1f}', f'{r.from_hours:.1f}–{r.to_hours:.1f}',
                            f'{r.headroom_gib:.1f}', how if r.to_hours <= hours else f'too long; {how}'.rstrip('; ')))
-    names = ['model', 'h', 'h, from', 'GiB left', 'with']
+    names = ['model', 'h', 'from–to', 'GiB left', 'with']
     if not as_json: print_table(f'models on {card.name}, {hours:g} h', names, rows)
     # the verdict
     best = best_of(ranked, hours)

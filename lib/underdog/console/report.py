@@ -6,7 +6,7 @@
 __all__ = ['Folded', 'write_report', 'run_figures', 'run_sections']
 
 # %% ../../../nbs/8_console/04_report.ipynb #5113698f
-import base64, html
+import base64, html, re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,12 +42,13 @@ summary {cursor: pointer}
 .todo {border-left: .25rem solid var(--todo); padding-left: .7rem}
 @media screen and (max-width: 30rem) {
   body {margin: 1rem auto} th, td {padding: .2rem .4rem; font-size: .85rem}
-  .figure img {max-width: none; width: 34rem}   /* its letters would be too small: it is moved sideways */
+  .wide img {max-width: none; width: 34rem}   /* its letters would be too small: it is moved sideways */
 }
 @media print {
   :root {color-scheme: light; --text: #000; --back: #fff; --line: #ccc; --soft: #f6f6f6; --todo: #a33b00}
   nav {display: none} h2 {break-after: avoid} .figure, details, tr {break-inside: avoid} table {display: table}
   .figure img {max-height: 8.5cm}   /* two of them on a page */
+  th, td {padding: .05rem .6rem}
 }
 """
 _PAGE = """<!doctype html>
@@ -92,13 +93,16 @@ def _block(item, heading):
     if hasattr(item, 'savefig'):
         picture = base64.b64encode(figure_png(item)).decode()
         image = f'<img alt="{html.escape(heading)}" src="data:image/png;base64,{picture}">'
-        return f'<div class="figure">{image}</div>'
+        wide = item.get_figwidth() > 1.5*item.get_figheight()
+        return f'<div class="figure{" wide" if wide else ""}">{image}</div>'
     if isinstance(item, Folded):
         title, text = map(html.escape, item)
         return f'<details><summary>{title}</summary><pre>{text}</pre></details>'
     text = html.escape(str(item))
-    if isinstance(item, Finding): return f'<p class="todo">{text}</p>' if item.remedy else f'<p>{text}</p>'
-    return f'<pre>{text}</pre>' if '\n' in text else f'<p>{text}</p>'
+    if '\n' in text and not isinstance(item, Finding): return f'<pre>{text}</pre>'
+    # what is to be typed
+    text = re.sub(r'`([^`\n]+)`', r'<code>\1</code>', text)
+    return f'<p class="todo">{text}</p>' if isinstance(item, Finding) and item.remedy else f'<p>{text}</p>'
 
 # %% ../../../nbs/8_console/04_report.ipynb #b0f6aa7e
 def run_figures(run, comp, best=None):

@@ -31,17 +31,24 @@ def sweep(
     from underdog.console.compare import trial_verdicts
     settings = read_sweep(file)
     trials = run_sweep(settings, out, hours, typer.echo)
-    # the best first, with the cost that says something: that of GPUs where there are any
-    cost = 'gpu_s' if trials['gpu_s'].any() else 'cpu_s'
     verdicts = trial_verdicts(out, trials)
-    table = trials.sort_values('loss').assign(verdict=trials['trial'].map(verdicts).fillna(''))
-    names = ['trial', *settings.space, 'state', 'loss', *(['verdict'] if verdicts else []), 'seconds', cost]
-    print_frame(f'{file.name}: best first', table[names])
+    print_frame(f'{file.name}: best first', _best_first(trials, settings.space, verdicts))
     if 'tie' in verdicts.values():
         typer.echo('tie: the held-out rows cannot tell it from the best; take the cheaper one')
     if write_figures(settings, out): typer.echo(f"figure: {out/'sweep.png'}; trials: {out/'trials.csv'}")
     failed = trials[trials['state'] == 'failed']
     for name, reason in zip(failed['trial'], failed['why']): typer.echo(f'{name} failed: {reason}')
+
+def _best_first(trials, space, verdicts):
+    "The table of `trials` for a person: the settings in `space`, the loss, its verdict, what it cost."
+    # the cost that says something: that of GPUs where there are any
+    cost = 'gpu_s' if trials['gpu_s'].any() else 'cpu_s'
+    table = trials.sort_values('loss')
+    table['verdict'] = [verdicts.get(name, '') for name in table['trial']]
+    for name in ('seconds', cost): table[name] = [f'{value:.0f}'.replace('nan', '') for value in table[name]]
+    # what all share says nothing, and costs the width of a terminal
+    state = [] if (table['state'] == 'complete').all() else ['state']
+    return table[['trial', *space, *state, 'loss', *(['verdict'] if verdicts else []), 'seconds', cost]]
 
 # %% ../../../nbs/8_console/05d_searching.ipynb #62ec862c
 def scale(

@@ -75,7 +75,9 @@ class Margin(NamedTuple):
         how = 'cannot be told from'
         if self.low > 0: how = 'beats'
         if self.high < 0: how = 'is worse than'
-        span = f'{self.gain:+.4f} [{self.low:+.4f}, {self.high:+.4f}]'
+        # no minus before what is 0 to four digits
+        gain, low, high = (f'{round(v, 4) + 0.:+.4f}' for v in (self.gain, self.low, self.high))
+        span = f'{gain} [{low}, {high}]'
         return f'{how} its best baseline, {self.over}: {span} of log loss'
 
 def best_margin(y, p, baselines, groups=None):
