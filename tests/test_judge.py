@@ -18,7 +18,7 @@ from underdog.console.judge import judge, judge_curve, judge_position, judge_pre
 from underdog.console.main import app
 from underdog.console.report import Folded, run_sections, write_report
 from underdog.console.tryout import _lines, try_pair
-from underdog.core import UserError, write_json
+from underdog.core import UserError, read_json, write_json
 from underdog.data.competition import LMSYS
 from underdog.data.metrics import apply_temperature, best_margin, log_loss
 from underdog.runfolder import Cuts, RunFolder, columns
@@ -149,6 +149,15 @@ def test_a_run_without_held_out_rows_is_judged_by_what_it_has(finished, tmp_path
 
 
 # ---- runs side by side
+def test_runs_in_folders_of_one_name_are_told_apart_by_what_they_lie_in(finished, tmp_path):
+    "The kernels call each `run`: best/run and 1/run, the trials of a sweep, sessions of Kaggle."
+    for name, rate in (('best', 1e-3), ('1', 1e-4)):
+        shutil.copytree(finished.path, tmp_path/name/'run')
+        config = read_json(tmp_path/name/'run'/'config.json')
+        write_json(tmp_path/name/'run'/'config.json', config | dict(train=config['train'] | dict(lr=rate)))
+    compared = compare_runs([tmp_path/'best'/'run', tmp_path/'1'/'run'])
+    assert compared.costs['run'].tolist() == ['best', '1'] and {'best', '1'} < set(compared.table['prediction'])
+
 
 def test_runs_are_compared_on_shared_rows_and_ties_are_said(finished, world, tmp_path):
     other = small_run(world, tmp_path/'other', lr=1e-4)

@@ -16,7 +16,9 @@ from underdog.data.folds import prompt_groups
 from underdog.data.rows import read_rows
 from underdog.training.table import with_folds
 from underdog.training.settings import TrainConfig
-from underdog.search.learning_rate import Valley, Valleys, best_rates, check_valley, extrapolate_lr, valleys, vertex
+from underdog.console.figures import save_figure
+from underdog.search.learning_rate import (Valley, Valleys, best_rates, check_valley, extrapolate_lr, plot_rates,
+                                           valleys, vertex)
 from underdog.search.scaling import Points, compare_settings, extrapolate, find_runs, fit_laws, law
 from underdog.search.scaling import plot_laws, points_of, run_point, standard_errors
 
@@ -232,3 +234,13 @@ def test_a_share_holds_out_the_same_rows_and_lies_in_a_larger_one(world, seed, s
 @pytest.mark.parametrize('share', [0, 1.5, -.1])
 def test_shares_that_are_none(share):
     with pytest.raises(UserError, match='share='): TrainConfig(share=share)
+
+
+def test_learning_rates_that_tell_nothing_are_drawn_all_the_same(tmp_path):
+    "As of a first sweep on few rows, whose losses are all alike: each row of the table is refused."
+    lr = np.array([1e-4, 3e-4, 1e-3])
+    tried = {'all runs': Valleys(16, {60: Valley(lr, np.full(3, 1.0856), np.full(3, .01))})}
+    table = best_rates(tried, 57_477)
+    assert table['lr'].isna().all() and (table['refused'] != '').all()
+    save_figure(plot_rates(tried, table), tmp_path/'learning_rate.png')
+    assert (tmp_path/'learning_rate.png').read_bytes()[:4] == b'\x89PNG'

@@ -108,7 +108,7 @@ def gather_oof(runs):
     # join the models on the rows that all of them have
     table, models = None, {}
     for folds in members.values():
-        name = folds[0].name.encode('utf-8', 'backslashreplace').decode()   # of any bytes
+        name = _name_of(folds[0], [folds[0] for folds in members.values()])
         if name in models: name += f'-{len(models) + 1}'   # two models in folders of one name
         models[name] = [run.path for run in folds]
         rows = _read_oof(folds, name, comp)
@@ -165,3 +165,9 @@ def gather_test(models, predictions, comp):
         if not all(name in baselines_in(table) for table in predictions.values()): continue
         preds[name] = mean(predictions.values(), f'floor_{name}')
     return first['id'].tolist(), preds
+
+def _name_of(run, runs):
+    "What to call the model of `run` among `runs`: of best/run and other/run the folders say which is which."
+    name = run.name
+    if name == 'run' and [other.name for other in runs].count(name) > 1: name = run.path.resolve().parent.name
+    return name.encode('utf-8', 'backslashreplace').decode()   # of any bytes

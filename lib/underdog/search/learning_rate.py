@@ -149,7 +149,9 @@ def plot_rates(settings, table, by='rows'):
         # the best ones
         part = table[(table['setting'] == setting) & table['lr'].notna()]
         interval = (part['lr'] - part['low'], part['high'] - part['lr'])
-        right.errorbar(part['n'], part['lr'], interval, fmt='o--', ms=4, lw=1, color='C0')
+        # a log scale of nothing cannot be drawn
+        if len(part): right.errorbar(part['n'], part['lr'], interval, fmt='o--', ms=4, lw=1, color='C0')
+        else: right.set(title='the losses tell no best one', xlim=(1, 10), ylim=(1e-5, 1e-2))
         size = 'rows learned from' if by == 'rows' else 'optimizer steps'
         right.set(xscale='log', yscale='log', xlabel=size, ylabel='best learning rate')
         for ax in (left, right): ax.grid(alpha=.3)
