@@ -75,8 +75,8 @@ def ours(file, out, fold, settings):
     if noted.is_file(): return run
     began = cpu_seconds()
     given = dict(path=str(smollm2()), layers=settings.layers, quantization='none', rank=16, alpha=32,
-                 share=settings.share, epochs=settings.epochs, n_folds=settings.folds, fold=fold, lr=3e-4, evaluations=1)
-    given |= settings.more
+                 share=settings.share, epochs=settings.epochs, n_folds=settings.folds, fold=fold, lr=3e-4,
+                 evaluations=1) | settings.more
     of = lambda config: {f.name: given[f.name] for f in fields(config) if f.name in given}
     train(file, ModelConfig(**of(ModelConfig)), run.path, PromptConfig(max_length=settings.max_length),
           cfg=TrainConfig(**of(TrainConfig)))
