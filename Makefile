@@ -8,11 +8,12 @@ KAGGLE_TORCH ?= 2.13.0
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test test-kaggle check sync docs export readme clean
+.PHONY: help setup demo rehearse test test-kaggle check sync docs export readme clean
 
 help:
 	@echo 'make demo    set up, then the whole job on an embedded competition: train.csv to submission.csv (about 6 minutes on 2 cores)'
 	@echo '             make demo TRAIN=train.csv TEST=test.csv   the same on real competition rows; OUT=folder says where'
+	@echo 'make rehearse   a shell whose underdog and kaggle talk to a Kaggle on this machine; WRONG=phone and others: what may go wrong'
 	@echo 'make test    set up, then every check: sync, imports, notebooks, pytest'
 	@echo 'make test-kaggle   pytest with the versions that Kaggle'"'"'s image holds (lib/underdog/kaggle/image.txt), in .venv-kaggle'
 	@echo 'make docs    the documentation site, in _docs/site: no server and no internet needed to read it'
@@ -36,6 +37,9 @@ setup: .venv/.stamp
 
 demo: setup
 	.venv/bin/underdog demo --out '$(OUT)' $(if $(TRAIN),--train '$(TRAIN)') $(if $(TEST),--test '$(TEST)')
+
+rehearse: setup
+	@$(PY) tests/rehearse.py $(WRONG:%=--wrong %)
 
 sync: setup
 	@echo '== sync: notebooks, library and README say the same =='

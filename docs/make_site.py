@@ -11,7 +11,8 @@ from pathlib import Path
 from pages import ROOT, TEXTS, for_site, lessons, lessons_page, notebook, repository, title_of
 
 OUT = ROOT/'_docs'
-GUIDES = ('kaggle', 'two_t4s', 'own_competition', 'sweep', 'report', 'troubleshooting', 'how_it_works', 'glossary')
+GUIDES = ('kaggle', 'rehearsal', 'two_t4s', 'own_competition', 'sweep', 'report', 'troubleshooting', 'how_it_works',
+          'glossary')
 SHOWN = '*What cells show on this page is of `make demo`: generated rows, twelve layers of SmolLM2, two CPU cores.*\n'
 KERNELS = ('train', 'infer', 'blend', 'sweep', 'probe', 'wheels')
 LOOKED_UP = {'Commands': 'commands', 'Settings': 'settings', 'Benchmarks': 'benchmarks',

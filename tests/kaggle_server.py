@@ -95,9 +95,9 @@ class Job(threading.Thread):
         server, request = self.server, self.version['request']
         for ref in request.get('datasetDataSources', []): self.mount_dataset(ref)
         for ref in request.get('kernelDataSources', []):
-            # the last that completed, which need not be the last that ran
-            job = [v for v in server.kernels[ref]['versions'] if v['job'].status == 'COMPLETE'][-1]['job']
-            self.place(job.output, self.mount_point('notebooks', ref), pack=server.zip_mounts)
+            # the last that completed, which need not be the last that ran; nothing where none did
+            complete = [v['job'] for v in server.kernels[ref]['versions'] if v['job'].status == 'COMPLETE']
+            for job in complete[-1:]: self.place(job.output, self.mount_point('notebooks', ref), server.zip_mounts)
         for slug in request.get('competitionDataSources', []):
             part = 'hidden' if self.rerun else 'public'
             self.place(server.competitions[slug]/part, self.tree/'input'/(slug if self.old else f'competitions/{slug}'))

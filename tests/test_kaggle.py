@@ -139,19 +139,87 @@ def test_title_and_slug_agree_and_another_name_is_noticed(server, hub, kernel):
 
 
 # ---- the first cell
-def test_the_first_cell_needs_nothing_but_python():
+LIBRARY = dict(library='me/underdog-lib', bundles={'me/underdog-lib': 'abc'})
+
+
+@pytest.mark.parametrize('more', [{}, LIBRARY], ids=['alone', 'library'])
+def test_the_first_cell_needs_nothing_but_python(more):
     "It runs before the library is there, on the Python of whatever image the kernel gets."
-    tree = ast.parse(f"{proof_source(dict(push='x'))}\n{last_source()}", feature_version=(3, 10))
+    expect = dict(push='x', **more)
+    tree = ast.parse(f'{proof_source(expect)}\n{last_source(expect)}', feature_version=(3, 10))
+    ours = {name.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for name in node.names}
+    # two names come from the library, once it is there
+    assert ours == ({'prove', 'pack_folders'} if more else set())
+    assert {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)} <= {'underdog.kaggle.proof'}
     for node in ast.walk(tree):
-        assert not isinstance(node, ast.ImportFrom)
         if isinstance(node, ast.Import):
             for name in node.names: assert name.name in sys.stdlib_module_names, name.name
     # every name that it calls is its own: a function, or an argument of one
-    own = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)} | {'EXPECT'}
+    own = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)} | {'EXPECT'} | ours
     own |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
     called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
     builtins = set(dir(__builtins__)) if not isinstance(__builtins__, dict) else set(__builtins__)
     assert called <= own | builtins
+
+
+def test_who_opens_the_page_of_a_kernel_meets_few_lines():
+    expect = dict(push='x', **LIBRARY)
+    assert len(proof_source(expect).splitlines()) < 40 and len(last_source(expect).splitlines()) < 10
+
+
+def lend_library(root, hash_, place='datasets/me/underdog-lib'):
+    "The library below `root`/input, whose manifest says `hash_`; returns its own hash."
+    folder = root/'input'/place
+    bundle = library_bundle(folder)
+    (folder/'bundle.json').write_text(json.dumps(dict(bundle, hash=hash_ or bundle['hash'])))
+    return bundle['hash']
+
+
+def run_first_cell(root, wanted, wait_s=.2):
+    "The first cell of a push with the library of this hash, in a Python without packages."
+    expect = dict(push='1a2b', gpus=0, mounts=[], wheels='', files={}, library='me/underdog-lib',
+                  bundles={'me/underdog-lib': wanted})
+    source = f'{proof_source(expect, wait_s)}\nprint("reached", sys.modules["underdog"].__file__)'
+    return subprocess.Popen([sys.executable, '-I', '-S', '-c', f'import sys\n{source}'], cwd=root, text=True,
+                            env=dict(os.environ, UNDERDOG_KAGGLE=str(root)), stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT)
+
+
+@pytest.mark.parametrize('place', ['datasets/me/underdog-lib', 'me/underdog-lib', 'underdog-lib'])
+def test_the_library_of_the_push_is_found_where_kaggle_mounts_it(tmp_path, place):
+    output, _ = (process := run_first_cell(tmp_path, lend_library(tmp_path, '', place))).communicate()
+    assert process.returncode == 0 and f'reached {tmp_path}' in output and 'underdog: proved' in output, output
+
+
+@pytest.mark.parametrize('spoil', [
+    lambda file: file.write_text('{"hash": "0123"}'), lambda file: file.unlink(), lambda file: file.write_text('{"ha'),
+    lambda file: file.write_text('[1]'), lambda file: file.write_text('{"hash": []}'),
+    lambda file: file.write_text('{"hash": null}')], ids=['old', 'gone', 'torn', 'list', 'hash list', 'null'])
+def test_another_library_is_never_imported(tmp_path, spoil):
+    "Not even when all its files are there: it is the manifest's hash that was pinned at the push."
+    wanted = lend_library(tmp_path, '')
+    spoil(tmp_path/'input'/'datasets'/'me'/'underdog-lib'/'bundle.json')
+    # nor may it run a line of what is mounted
+    (tmp_path/'input'/'datasets'/'me'/'underdog-lib'/'underdog'/'__init__.py').write_text('print("ran")')
+    output, _ = (process := run_first_cell(tmp_path, wanted)).communicate()
+    assert process.returncode == 1 and f'instead of {wanted} (a stale mount)' in output and 'ran' not in output, output
+    assert output.startswith('underdog: push 1a2b'), 'the log names the push also where it stops'
+
+
+def test_the_library_of_the_push_is_waited_for(tmp_path):
+    wanted = lend_library(tmp_path, 'old')
+    process = run_first_cell(tmp_path, wanted, wait_s=60.)
+    assert process.stdout.readline() == 'underdog: push 1a2b\n'
+    lend_library(tmp_path/'next', '')
+    (tmp_path/'input').rename(tmp_path/'before')
+    (tmp_path/'next'/'input').rename(tmp_path/'input')
+    output, _ = process.communicate()
+    assert process.returncode == 0 and 'reached' in output, output
+
+
+def test_a_library_that_is_no_bundle_is_refused():
+    with pytest.raises(UserError, match='library=me/lib is not one of the bundles; did you mean me/libs'):
+        PushConfig(library='me/lib', bundles={'me/libs': 'abc'})
 
 
 def test_what_the_first_cell_expects_is_read_back(kernel):
@@ -251,7 +319,7 @@ for spec in (csv, model): print("resolved", machine.resolve_input(spec))
 print("library", machine.__file__)'''
     k = write_notebook(tmp_path/'k.ipynb', cell, parameters='csv = ""\nmodel = ""')
     given = dict(csv='me/some-data/rows.csv', model=f'models/{model.ref}')
-    settings = replace(CPU, bundles={library.ref: library.hash}, sources=('me/some-data',))
+    settings = replace(CPU, bundles={library.ref: library.hash}, library=library.ref, sources=('me/some-data',))
     job = server.job(push_kernel(hub, k, given, 'small-kernel', settings=settings).ref)
     log = log_of(job)
     assert job.status == 'COMPLETE', log
@@ -515,6 +583,9 @@ def test_the_commands_push_wait_show_and_pull(server, tmp_path, monkeypatch):
     assert status.exit_code == 0, status.exception
     assert 'ERROR' in status.output and 'n is large' in status.output
     assert 'underdog: proved' in run('logs', 'small-kernel').output
+    # the first cell takes its proof from the library
+    first = json.loads(server.kernels['me/small-kernel']['versions'][0]['request']['text'])['cells'][0]
+    assert 'from underdog.kaggle.proof import prove' in ''.join(first['source'])
     assert [e['state'] for e in read_ledger()] == ['COMPLETE', 'ERROR']
     assert run('quota').output.count('small-kernel') == 2
     # its output

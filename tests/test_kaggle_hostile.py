@@ -200,7 +200,7 @@ def test_many_files_travel_as_one_and_are_found(server, hub, tmp_path, zip_mount
 assert (resolve_input(run)/'sub'/'29.txt').read_text() == '29'"""
     reader = write_notebook(tmp_path/'reader.ipynb', cell, parameters='run = ""')
     files = {status: file_hash(tmp_path/'out'/'run'/'status.json')}
-    settings = replace(CPU, bundles={library.ref: library.hash}, files=files, wait_s=1.)
+    settings = replace(CPU, bundles={library.ref: library.hash}, library=library.ref, files=files, wait_s=1.)
     given = dict(run=f'notebooks/{pushed.ref}/run')
     job = server.job(push_kernel(hub, reader, given, 'reading', settings=settings).ref)
     assert job.status == 'COMPLETE', job.events[-5:]

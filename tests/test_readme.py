@@ -39,7 +39,7 @@ COMMANDS = [words for text in (README, *GUIDES.values()) for words in commands(t
 
 def test_there_are_commands():
     assert len(commands(README)) > 20 and len(GUIDES) > 5
-    assert {words[0] for words in COMMANDS} <= {'underdog', 'make', 'pip'}
+    assert {words[0] for words in COMMANDS} <= {'underdog', 'make', 'pip', 'kaggle'}
 
 
 @pytest.mark.parametrize('words', [w for w in COMMANDS if w[0] == 'underdog'], ids=' '.join)

@@ -37,8 +37,8 @@ def _push_settings(hub, gpus, source, wheels, **fields):
     # -1: what the machine has, as far as we know
     if gpus < 0: gpus = 2 if fields['shape'] == 'NvidiaTeslaT4' else int(bool(fields['shape']))
     bundles = shipped_library(hub, LIBRARY, WHEELS if wheels else '')
-    return PushConfig(gpus=gpus, sources=tuple(source or ()), bundles=bundles,
-                wheels=hub.ref(WHEELS) if wheels else '', **fields)
+    return PushConfig(gpus=gpus, sources=tuple(source or ()), bundles=bundles, library=hub.ref(LIBRARY),
+                      wheels=hub.ref(WHEELS) if wheels else '', **fields)
 
 # %% ../../../nbs/8_console/08_remote.ipynb #8d351c2a
 def push(

@@ -10,7 +10,7 @@ import json, re, secrets, tempfile, time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..core import UserError, atomic_write, write_json
+from ..core import UserError, atomic_write, nearest, write_json
 from ..session import KAGGLE_HOURS
 from ..kernels import check_parameters, find_kernel
 from .access import check_sources
@@ -31,6 +31,7 @@ class PushConfig:
     docker_image: str = ''           # '': the newest; the version keeps it
     sources: tuple = ()              # more inputs, written as they are mounted
     bundles: dict = field(default_factory=dict)   # {owner/slug: hash} of the library and of the wheels
+    library: str = ''                # the one that holds the library; '': the first cell holds all that it needs
     wheels: str = ''                 # the one that holds wheels
     files: dict = field(default_factory=dict)     # {input file: hash} that must be mounted as they are now
     wait_s: float = 300.             # for mounts that come late
@@ -38,6 +39,8 @@ class PushConfig:
     def __post_init__(self):
         if self.gpus and not self.shape:
             raise UserError(f'gpus={self.gpus} without a machine shape: set shape=NvidiaTeslaT4, or gpus=0')
+        if self.library and self.library not in self.bundles:
+            raise UserError(f'library={self.library} is not one of the bundles; {nearest(self.library, self.bundles)}')
         if not 0 <= self.timeout_s <= 3600*KAGGLE_HOURS:
             raise UserError(f'a session of {self.timeout_s/3600:g} hours: Kaggle ends one after {KAGGLE_HOURS:g} and '
                             'refuses a longer one; 0 is its own limit')
@@ -86,7 +89,7 @@ def pushed_notebook(path, values, expect, wait_s=300.):
     new_cell, folded = nbformat.v4.new_code_cell, {'tags': ['underdog-proof'], 'jupyter': {'source_hidden': True},
                                                    '_kg_hide-input': True}
     nb.cells.insert(0, new_cell(proof_source(expect, wait_s), metadata=folded))
-    nb.cells.append(new_cell(last_source(), metadata=folded))
+    nb.cells.append(new_cell(last_source(expect), metadata=folded))
     nb.metadata['kernelspec'] = dict(display_name='Python 3', language='python', name='python3')
     nb.metadata.setdefault('language_info', dict(name='python'))
     # once more, for the parameters
@@ -142,6 +145,7 @@ def prepare_kernel(hub, kernel, given, slug='', settings=PushConfig(), about=Non
         'gpus': settings.gpus,
         'mounts': sources.mounts,
         'bundles': settings.bundles,
+        'library': settings.library,
         'wheels': settings.wheels,
         'files': settings.files,
         'kernel': path.stem,
