@@ -58,8 +58,8 @@ def resolve_input(spec, root=None):
     except zipfile.BadZipFile as e: raise UserError(f'{spec}: it lies in an archive that is broken ({e})') from None
     except (OSError, ValueError, NotImplementedError) as e:   # a name too long, or with a NUL, is no file either
         if disk_full(e):
-            raise UserError(f'{spec}: it lies in an archive, and the disk of {cache_folder()} is too full to unpack it; '
-                            'free some space, or name a larger disk in UNDERDOG_CACHE') from None
+            raise UserError(f'{spec}: it lies in an archive, and the disk of {cache_folder()} is too full to unpack '
+                            'it; free some space, or name a larger disk in UNDERDOG_CACHE') from None
     # elsewhere than on Kaggle there is nothing to attach to
     if not root.exists(): raise UserError(f'{spec}: no such file or folder; check the path')
     raise UserError(f'{spec}: no such file or folder, nor under {root}, which holds: {_tree(root)}; check the path, '
