@@ -154,3 +154,10 @@ def test_a_public_name_means_one_thing(file):
         for name in public_names(module): homes[name].append(path_of(module))
     shared = {name: homes[name] for name in public_names(file) if len(homes[name]) > 1}
     assert not shared
+
+
+@pytest.mark.parametrize('file', sorted((LIBRARY.parents[1]/'nbs').rglob('*.ipynb')), ids=lambda file: file.stem)
+def test_a_notebook_is_one(file):
+    "Kinds of cells as the format has them: of another kind, a paragraph is shown as code, and Jupyter warns."
+    import nbformat
+    nbformat.validate(nbformat.read(file, 4))
