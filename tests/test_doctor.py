@@ -128,6 +128,9 @@ def test_imports_without_the_internet(tmp_path, monkeypatch):
     (tmp_path/'calls_home.py').write_text(code)
     monkeypatch.setenv('PYTHONPATH', str(tmp_path))
     assert 'wants the internet' in red(imports_offline(('calls_home',)))[0].seen
+    # what is killed, as where memory is short, says nothing at all
+    (tmp_path/'dies.py').write_text('import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n')
+    assert red(imports_offline(('dies',)))[0].seen == 'the imports ended with code -9'
 
 
 def test_no_gpu_is_doubtful_and_red_where_one_was_asked_for(monkeypatch):
