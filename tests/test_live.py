@@ -475,6 +475,14 @@ def test_a_log_gives_the_curves_of_its_run():
     assert held == dict(step=30, eval_loss=1.024, eval_rows=1080, eval_model=1.026, eval_prior=1.0901, eval_tfidf=1.031)
 
 
+def test_a_log_that_ends_before_the_last_cell_is_of_a_run_that_failed():
+    began, done = dict(data='underdog: push 1a2b\n'), dict(data='underdog: done 1a2b\n')
+    cut, whole, of_others = [began], [began, done], [dict(data='epoch 1\n')]
+    assert [_view('me/k', events, ended=True).state for events in (cut, whole, of_others)] == [
+        'failed', 'finished', 'finished']
+    assert _view('me/k', cut).state == 'running'
+
+
 def test_the_log_of_a_training_says_what_its_metrics_say(finished):
     lines = [dict(data=line, time=1.) for line in finished.log_file.read_text().splitlines(True)]
     *_, logged = [r for r in records_in(lines) if 'loss' in r]
