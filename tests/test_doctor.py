@@ -14,7 +14,7 @@ from fixtures import small_run
 
 from underdog.console import doctor
 from underdog.console.doctor import Check, free_space, gate, gpus, imports_offline, packages
-from underdog.console.run_doctor import kernel_checks, run_checks
+from underdog.console.run_doctor import kernel_checks, run_checks, wants_bitsandbytes
 from underdog.core import UserError, write_json
 from underdog.inference.settings import InferConfig
 from underdog.kernels import run_kernel
@@ -114,6 +114,16 @@ def test_old_or_missing_packages(monkeypatch):
     assert states(packages()) == {'packages': 'ok'}
     monkeypatch.setattr(doctor, 'NEEDED', {'torch': '99', 'no-such-package': '1'})
     assert states(packages(False)) == {'package torch': 'warn', 'package no-such-package': 'fail', 'packages': 'ok'}
+
+
+def test_only_what_is_quantized_wants_bitsandbytes(finished, patient):
+    "A kernel that infers asks for it where the run, or its own setting, says so."
+    runs, own = [finished.path], InferConfig()
+    assert not wants_bitsandbytes(runs, own) and wants_bitsandbytes(runs, InferConfig(quantization='int8'))
+    config = patient.config
+    write_json(patient.config_file, config | dict(model=config['model'] | dict(quantization='nf4')))
+    assert wants_bitsandbytes([*runs, patient.path], own)
+    assert not wants_bitsandbytes([*runs, patient.path], InferConfig(quantization='none'))
 
 
 def test_disk_and_memory(tmp_path):
