@@ -21,6 +21,7 @@ MODEL = argument(str, 'model folder, config.json, or a name, such as gemma-2-9b,
 ACCELERATOR = option(str, '2xT4, T4, P100, L4, 4xL4, A10G, RTX3090, RTX4090, A6000, A100-40, A100-80, 2xA100-80, A800, '
                           'H100, TPUv5e-8')
 ROWS_OF = argument(Path | None, "train.csv; left out: the lengths of LMSYS' train.csv")
+HEAD = option(str, 'pair, joint, symmetric or combined')
 FOLDS = option(int, 'as many models, trained one after another (fold=all); 1: a single one', min=1)
 TABLE = option(Path | None, 'your own table of accelerators')
 SCORED = option(int, 'of the scored run', min=1, max=10**9)
