@@ -128,7 +128,8 @@ def test_check_submission_names_the_defect(sample, tmp_path, text, message):
 def test_what_passes_the_check_is_read_so_by_others(tmp_path, at, character):
     "Kaggle reads it with pandas, which takes a field too many in every row for the numbers of the rows."
     text = HEADER + '10,.3,.3,.4\n7,.3,.3,.4\n8,.3,.3,.4\n'
-    for changed in (text[:at] + character + text[at:], text[:at] + text[at + 1:], text.replace('\n', f',{character}\n')):
+    inserted, removed = text[:at] + character + text[at:], text[:at] + text[at + 1:]
+    for changed in (inserted, removed, text.replace('\n', f',{character}\n')):
         (tmp_path/'s.csv').write_text(changed)
         try: rows = check_submission(tmp_path/'s.csv', 'lmsys')
         except UserError: continue
