@@ -1,9 +1,9 @@
 """Is what the notebooks show what they print today? The site shows it beside the code.
 
-`python tests/kept_outputs.py NOTEBOOK…` runs each in a kernel of its own and names the cells that now print something else
-than what is kept; `--write` keeps it. Slow cells are left as they are, but with `--slow`. Bars of progress and warnings
-are not kept, nor is an output with a path of this machine. Figures of time and memory differ from run to run, so this
-is no part of `make check`."""
+`python tests/kept_outputs.py NOTEBOOK…` runs each in a kernel of its own and names the cells that print something else
+today; `--write` keeps that. Slow cells are left as they are, but with `--slow`. Bars of progress and warnings are not
+kept, nor is an output with a path of this machine. Figures of time and memory differ from run to run, so this is no
+part of `make check`."""
 import base64
 import io
 import os
