@@ -1,7 +1,7 @@
 """Who predicts best with the same CPU seconds, on the same rows and folds?
 
     python -m benchmarks.quality --train FILE [FILE ...] [--folds 2] [--share .5] [--layers 3] [--max-length 112]
-                                 [--epochs 1] [--rows 0] [--without-peers] [--out DIR]
+                                 [--epochs 1] [--rows 0] [--more JSON] [--without-peers] [--out DIR]
 
 Every prompt-grouped fold of every file is trained by underdog: the `pair` head on SmolLM2's lower layers, from its best
 baseline. What that took, from the file to the held-out predictions, is the budget of the others, which learn from the
@@ -45,6 +45,7 @@ class Settings:
     max_length: int     # tokens of an answer with its prompt
     epochs: float       # of underdog
     rows: int           # of each file, the first ones; 0: all
+    more: dict          # what else underdog trains with, of `ModelConfig` and `TrainConfig`
 
 
 def cpu_seconds():
@@ -73,13 +74,12 @@ def ours(file, out, fold, settings):
     run, noted = RunFolder(out/f'ours-{fold}'), out/f'ours-{fold}'/'seconds.json'
     if noted.is_file(): return run
     began = cpu_seconds()
-    train(
-        file,
-        ModelConfig(str(smollm2()), layers=settings.layers, quantization='none', rank=16, alpha=32),
-        run.path,
-        PromptConfig(max_length=settings.max_length),
-        cfg=TrainConfig(share=settings.share, epochs=settings.epochs, n_folds=settings.folds, fold=fold, lr=3e-4,
-                        evaluations=1))
+    given = dict(path=str(smollm2()), layers=settings.layers, quantization='none', rank=16, alpha=32,
+                 share=settings.share, epochs=settings.epochs, n_folds=settings.folds, fold=fold, lr=3e-4,
+                 evaluations=1) | settings.more
+    of = lambda config: {f.name: given[f.name] for f in fields(config) if f.name in given}
+    train(file, ModelConfig(**of(ModelConfig)), run.path, PromptConfig(max_length=settings.max_length),
+          cfg=TrainConfig(**of(TrainConfig)))
     write_json(noted, dict(seconds=cpu_seconds() - began))
     return RunFolder.open(run.path)
 
@@ -183,6 +183,8 @@ def main():
     parser.add_argument('--max-length', type=int, default=112, help='tokens of an answer with its prompt')
     parser.add_argument('--epochs', type=float, default=1., help='of underdog; its CPU seconds are the budget')
     parser.add_argument('--rows', type=int, default=0, help='of each file, the first ones; 0: all')
+    parser.add_argument('--more', type=json.loads, default={},
+                        help='what else underdog trains with, as JSON: {"lr": 1e-3, "lora_layers": "8:"}')
     parser.add_argument('--without-peers', action='store_true', help='only what underdog does')
     args = parser.parse_args()
     settings = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)})

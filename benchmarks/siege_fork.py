@@ -106,16 +106,17 @@ class Ended(NamedTuple):
 
 
 STILL_S = 30.   # without any work, after which a job that sleeps is taken to hang
+IDLE = .05      # of the time, spent on nothing but waiting
 SLOW = 20       # times its limit may pass on the clock: a busy machine makes slow, not endless
 
 
 class Patience:
-    """How long to wait for processes: until they have worked for `limit_s`, or for `still_s` have done nothing.
+    """How long to wait for processes: until they have worked for `limit_s`, or for `still_s` have done next to nothing.
 
     Seconds of CPU: the clock says little on a machine that others use, too."""
     def __init__(self, limit_s, still_s):
         self.limit_s, self.still_s, self.before, self.spent = limit_s, still_s, None, 0.
-        self.began = self.last = time.monotonic()
+        self.began = self.last = self.asked = time.monotonic()
 
     def ends(self, processes):
         "Why no longer to wait for the `processes`; '' where they may still end."
@@ -126,8 +127,9 @@ class Patience:
                 spent += sum(p.cpu_times()[:4])
                 at_work |= p.status() in (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP)
         if self.before is None: self.before = spent
-        if at_work or spent > self.spent: self.last = now
-        self.spent = spent
+        # who only looks every now and then whether its parent lives does not work
+        if at_work or spent - self.spent > IDLE*(now - self.asked): self.last = now
+        self.spent, self.asked = spent, now
         if spent - self.before > self.limit_s: return f'{spent - self.before:.0f} s of work'
         if now - self.last > self.still_s: return f'{self.still_s:.0f} s without work'
         return f'{now - self.began:.0f} s' if now - self.began > SLOW*self.limit_s + self.still_s else ''

@@ -1,17 +1,19 @@
 """What may a head start from? A tie for each row against one for all; another file's reward row against a cold probe.
 
     python -m benchmarks.starts --train FILE [FILE ...] [--generated 500] [--layers 4] [--length 96] [--rows 700]
-                                [--seeds 5] [--folds 2] [--start none floors] [--what probes training drawn words]
-                                [--cache DIR]
+                                [--seeds 5] [--folds 2] [--start none floors] [--reward FILE]
+                                [--what probes training lora drawn words] [--learn 160] [--cache DIR]
 
 Frozen lower layers of SmolLM2-135M read every row once; their pooled states are kept in --cache, as an .npz a file. All
 else is probes on them, as a training fits them: for every seed the files are divided into five prompt-grouped folds, of
 which --folds are held out in turn. `floors` starts from the best baseline, out of fold for the rows that are learned
 from. Differences are of log loss on the same held-out rows, below 0 is better; a seed's interval is a bootstrap over
 prompts. With --what training, LoRA is trained from such a probe (the head alone with --rank 0), twice: with the weights
-of ties trained as all else is, and left where the probe has put them; with --what drawn, the head alone on 40,000 rows
-whose states are drawn as those of a file, and whose means say a little of which rows tie. With --what words, a joint
-head says what the language model's own words are worth on the rows. The last line of output is JSON.
+of ties trained as all else is, and left where the probe has put them; with --what lora, as a training begins, with one
+tie for all rows, and from the row that a probe on all rows of --reward has found, as from a reward model's, with a
+scale and a tie of at most 400 rows; with --what drawn, the head alone on 40,000
+rows whose states are drawn as those of a file, and whose means say a little of which rows tie. With --what words, a
+joint head says what the language model's own words are worth on the rows. The last line of output is JSON.
 """
 import argparse
 import os
@@ -49,7 +51,7 @@ class File:
     def read(cls, path, args):
         "At most --rows rows of the csv `path`, and their states, from the cache or computed."
         df, comp = rows_of(path, args)
-        kept = args.cache/f'{path.parent.name}-{path.stem}.npz'
+        kept = args.cache/f'{path.parent.name}-{path.stem}-{len(df)}-{args.layers}-{args.length}.npz'
         if not kept.is_file():
             with atomic_path(kept) as tmp, open(tmp, 'wb') as out: np.savez(out, states=states_of(df, args))
         states = np.load(kept)['states']
@@ -139,14 +141,34 @@ def train_ties(file, start, seed, args):
     learned, held = np.flatnonzero(folds != 0), np.flatnonzero(folds == 0)
     offset = file.offset(folds, 0) if start == 'floors' else None
     parts = learned, held, offset
-    (frozen, line), (trained, _) = (train_once(file, parts, seed, args, moved) for moved in (False, True))
+    (frozen, line), (trained, _) = (train_once(file, parts, seed, args, how) for how in ('still', 'own'))
     y, groups = file.y[held], file.groups[held]
     return dict(seed=seed, rows=len(held), one=log_loss(y, frozen), own=log_loss(y, trained),
                 difference=paired_ci(y, trained, frozen, groups), ridges=line.split('of ties ')[1])
 
 
-def train_once(file, parts, seed, args, moved):
-    "(probabilities of held-out rows after training, the probe's line); `moved`: are the weights of ties trained?"
+def train_starts(file, start, reward, seed, args):
+    "A row of figures: LoRA trained with a tie for each row (as is usual), with one for all, and from the row `reward`."
+    folds = make_folds(file.df, N_FOLDS, seed, groups=file.groups)
+    learned, held = np.flatnonzero(folds != 0)[:args.learn], np.flatnonzero(folds == 0)
+    offset = file.offset(folds, 0) if start == 'floors' else None
+    usual, line = train_once(file, (learned, held, offset), seed, args, 'own')
+    others = {how: train_once(file, (learned, held, offset), seed, args, how, reward)[0]
+              for how in ('one', 'reward') if how == 'one' or reward is not None}
+    y, groups = file.y[held], file.groups[held]
+    losses = {how: log_loss(y, p) for how, p in dict(others, own=usual).items()}
+    # a tie for each row less one for all; a reward row less a start of its own
+    pairs = dict(ties=(usual, others['one'])) | {how: (p, usual) for how, p in others.items() if how == 'reward'}
+    prior = log_loss(y, np.tile(file.y[learned].mean(0), (len(held), 1)))
+    return dict(seed=seed, rows=len(held), prior=prior, **losses, ridges=line.split('of ties ')[1],
+                differences={what: paired_ci(y, *pair, groups) for what, pair in pairs.items()})
+
+
+def train_once(file, parts, seed, args, how, reward=None):
+    """(probabilities of held-out rows after training, the line of the probe that it starts from).
+
+    `how`: 'own' as is usual, with a tie for each row, 'still' with its weights where the probe put them, 'one' with one
+    tie for all, 'reward' from the row `reward` (h,) of other preferences."""
     import torch
     from accelerate import Accelerator
     from underdog.model.predict import predict_both
@@ -162,10 +184,17 @@ def train_once(file, parts, seed, args, moved):
     # frozen layers have read every row already
     a, b = (torch.tensor(file.means + sign*file.x/2) for sign in (1, -1))
     model.features = lambda batch: torch.cat([a[batch.rows], b[batch.rows]])
+    if how == 'reward':
+        model.head.score.weight.data.copy_(torch.tensor(reward)[None])
+        model.head_source = 'checkpoint'
     line = start_from_probe(model, data, file.groups, cfg.probe_rows, seed=seed)
+    if how == 'one':
+        probe, _ = fit(file, learned, offset=offset)
+        start = {'score.weight': probe.weights[None], 'tie': probe.tie, 'tie_score.weight': 0*probe.weights[None]}
+        model.head.load_state_dict(start)
     if args.rank: del model.features
     for group in training.optimizer.param_groups:
-        if group['what'] == 'ties' and not moved: group['peak'] = 0.
+        if group['what'] == 'ties' and how in ('still', 'one'): group['peak'] = 0.
     for _ in training.plan: training.step()
     known = None if offset is None else offset[held]
     return predict_both(model, source, held, known, budget=2048)['both'], line
@@ -240,10 +269,13 @@ def main():
     parser.add_argument('--seeds', type=int, default=5)
     parser.add_argument('--folds', type=int, default=2, help='held out in turn, of five')
     parser.add_argument('--start', nargs='*', default=['none', 'floors'], choices=['none', 'floors'])
-    parser.add_argument('--what', nargs='*', default=['probes'], choices=['probes', 'training', 'drawn', 'words'])
-    parser.add_argument('--epochs', type=float, default=1., help='of --what training')
-    parser.add_argument('--rank', type=int, default=16, help='of LoRA in --what training; 0: the head alone')
-    parser.add_argument('--batch_rows', type=int, default=16, help='of --what training')
+    parser.add_argument('--what', nargs='*', default=['probes'], 
+                        choices=['probes', 'training', 'lora', 'drawn', 'words'])
+    parser.add_argument('--reward', type=Path, help='rows of other preferences, of which a reward row is learned')
+    parser.add_argument('--learn', type=int, default=10**6, help='rows of --what lora to learn from, at most')
+    parser.add_argument('--epochs', type=float, default=1., help='of a training')
+    parser.add_argument('--rank', type=int, default=16, help='of LoRA in a training; 0: the head alone')
+    parser.add_argument('--batch_rows', type=int, default=16, help='of a training')
     parser.add_argument('--cache', type=Path, default=Path('runs/starts'))
     args = parser.parse_args()
     one_thread()
@@ -252,13 +284,14 @@ def main():
         from underdog.data.sample import write_sample
         paths.append(write_sample(args.cache/'generated', args.generated, 20, seed=7)['train.csv'])
     named = {f'{path.parent.name}/{path.stem}' if path.stem == 'train' else path.stem: path for path in paths}
-    figures = dict(ties={}, rewards={}, training={}, drawn={}, words={})
+    figures = dict(ties={}, rewards={}, training={}, lora={}, drawn={}, words={})
     if 'words' in args.what:
         figures['words'] = {name: say_words(path, args) for name, path in named.items()}
         for name, line in figures['words'].items(): print(f'{name}: {line}', flush=True)
     files = {name: File.read(path, args) for name, path in named.items()} if args.what != ['words'] else {}
     compared = files if 'probes' in args.what else {}
     rewards = {name: fit(file, np.arange(len(file.y)))[0].weights.double().numpy() for name, file in compared.items()}
+    reward = reward_row(args) if args.reward and 'lora' in args.what else None
     for name, file in files.items():
         for start in args.start:
             what = f'{name}, {start}'
@@ -266,6 +299,8 @@ def main():
                 figures['ties'][what] = seeds(f'{what}: a tie by row', partial(compare_ties, file, start), args)
             if 'training' in args.what:
                 figures['training'][what] = seeds(f'{what}: trained', partial(train_ties, file, start), args)
+            if 'lora' in args.what:
+                figures['lora'] |= lora_seeds(what, partial(train_starts, file, start, reward), args)
         if 'drawn' in args.what:
             figures['drawn'][name] = seeds(f'{name}: drawn as its states', partial(drawn_ties, file), args)
         for other in compared:
@@ -289,6 +324,31 @@ def seeds(title, compare, args):
              '{:+.4f} [{:+.4f}, {:+.4f}]'.format(*r['difference']), r['ridges']) for r in rows]
     table(title, ('seed', 'rows', 'without', 'with', 'difference', 'ridges of ties'), show)
     return summary(rows, 'own', 'one')
+
+
+def lora_seeds(title, train, args):
+    "Summaries of what `train` gives for every seed, a table of it before them."
+    rows = []
+    for seed in range(args.seeds):
+        rows.append(train(seed, args))
+        print(f'{title}, seed {seed}:', {k: round(rows[-1][k], 4) for k in ('own', 'one', 'reward') if k in rows[-1]},
+              flush=True)
+    differences = list(rows[0]['differences'])
+    between = lambda r: ['{:+.4f} [{:+.4f}, {:+.4f}]'.format(*r['differences'][what]) for what in differences]
+    show = [(r['seed'], r['rows'], f"{r['prior']:.4f}", f"{r['own']:.4f}", *between(r), r['ridges']) for r in rows]
+    table(f'{title}: LoRA', ('seed', 'rows', 'class prior', 'as is usual', *differences, 'ridges of ties'), show)
+    pairs = dict(ties=('own', 'one'), reward=('reward', 'own'))
+    return {f'{title}, {what}': summary(rows, *pairs[what]) for what in differences}
+
+
+def reward_row(args):
+    "(h,) the row that a probe on all rows of --reward finds."
+    every = argparse.Namespace(**vars(args) | dict(rows=10**6))
+    file = File.read(args.reward, every)
+    probe, _ = fit(file, np.arange(len(file.y)))
+    row = probe.weights.double().numpy()
+    print(f'the reward row of {args.reward.stem}: ridge {probe.ridges[0]:g}, out of fold {probe.loss:.4f}', flush=True)
+    return row
 
 
 def summary(rows, one, other):

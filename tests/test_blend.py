@@ -2,7 +2,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from underdog.core import UserError
@@ -109,12 +109,40 @@ HEADER = 'id,winner_model_a,winner_model_b,winner_tie\n'
 
 
 @pytest.mark.parametrize('text,message', [
-    ('id,a\n1,2\n', 'columns'), ('', 'not readable'),
+    ('id,a\n1,2\n', 'columns'), ('', 'is empty'), (HEADER, 'no rows'),
+    (HEADER + ',.3,.3,.4\n7,.3,.3,.4\n8,.3,.3,.4\n', "row 1, column id: '' is empty"),
+    (HEADER + '7,.3,.3,.4\n7,.3,.3,.4\n8,.3,.3,.4\n', "row 2, column id: '7' is there already"),
+    (HEADER + '0,4294967295,.3,.3,.4\n1,7,.3,.3,.4\n2,8,.3,.3,.4\n', 'row 1 .id 0. has 5 fields, the header has 4'),
+    (HEADER + '4294967295,.3,.3,.4,\n7,.3,.3,.4,\n8,.3,.3,.4,\n', 'row 1 .* has 5 fields'),
+    (HEADER.replace(',', ';') + '7;.3;.3;.4\n', 'commas are wanted'),
     (HEADER + '4294967295,.3,.3,.4\n7,.3,.3,.4\n8,.3,x,.4\n', 'row 3'),
     (HEADER + '7,.3,.3,.4\n8,.3,.3,.4\n4294967295,.3,.3,.4\n', 'order')])
 def test_check_submission_names_the_defect(sample, tmp_path, text, message):
     (tmp_path/'s.csv').write_text(text)
     with pytest.raises(UserError, match=message): check_submission(tmp_path/'s.csv', LMSYS, sample)
+    with pytest.raises(UserError, match='a parquet file'): check_submission(sample.rename(tmp_path/'s.parquet'), LMSYS)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 90), st.sampled_from('\n,";\t x.01'))
+def test_what_passes_the_check_is_read_so_by_others(tmp_path, at, character):
+    "Kaggle reads it with pandas, which takes a field too many in every row for the numbers of the rows."
+    text = HEADER + '10,.3,.3,.4\n7,.3,.3,.4\n8,.3,.3,.4\n'
+    inserted, removed = text[:at] + character + text[at:], text[:at] + text[at + 1:]
+    for changed in (inserted, removed, text.replace('\n', f',{character}\n')):
+        (tmp_path/'s.csv').write_text(changed)
+        try: rows = check_submission(tmp_path/'s.csv', 'lmsys')
+        except UserError: continue
+        table = pd.read_csv(tmp_path/'s.csv')
+        assert len(table) == rows and isinstance(table.index, pd.RangeIndex) and [*table] == HEADER.strip().split(',')
+        np.testing.assert_allclose(table[list(LMSYS.label_columns)].sum(axis=1), 1)
+
+
+@pytest.mark.parametrize('shape', [(3,), (3, 2), (3, 4), (3, 3, 1)])
+def test_probabilities_of_another_shape_are_refused(tmp_path, shape):
+    with pytest.raises(UserError, match='s.csv: probabilities of shape .* column for each of a, b, tie are wanted'):
+        write_submission(tmp_path/'s.csv', [7, 8, 9], np.full(shape, 1/3), LMSYS)
+    assert not (tmp_path/'s.csv').exists()
 
 
 def test_wsdm_submissions_name_the_winner(tmp_path):

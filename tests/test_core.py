@@ -2,7 +2,11 @@
 import dataclasses
 import json
 import math
-from dataclasses import dataclass, field
+import resource
+import zipfile
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,13 +15,17 @@ from hypothesis import strategies as st
 
 from underdog import kernels
 from underdog.core import (
-    UserError, atomic_folder, atomic_path, atomic_write, build_id, coerce, file_hash, fingerprint, read_json, versions,
-    write_json)
+    UserError, atomic_folder, atomic_path, atomic_write, build_id, coerce, file_hash, fingerprint, nearest, read_json,
+    versions, write_json)
 from underdog.data.competition import COMPETITIONS, LLM_FINETUNING, LMSYS, WSDM, detect_competition, get_competition
 from underdog.kernels import check_parameters, find_kernel, kernel_parameters
 from underdog.machine import on_kaggle, pick_dtype, resolve_input, seed_everything
 from underdog.runfolder import RunFolder
-from underdog.session import locked
+from underdog.inference.settings import InferConfig
+from underdog.model.settings import CHOICES, ModelConfig
+from underdog.session import SessionConfig, duration, locked
+from underdog.text.prompt import PromptConfig
+from underdog.training.settings import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -132,6 +140,43 @@ def test_coerce_never_raises_anything_but_user_error(values):
     except UserError: pass
 
 
+CONFIGS = {ModelConfig: dict(path='m'), PromptConfig: {}, TrainConfig: {}, SessionConfig: {}, InferConfig: {}}
+
+
+@pytest.mark.parametrize('config, name, bad', [
+    (PromptConfig, 'max_length', None), (PromptConfig, 'max_length', True), (TrainConfig, 'lr', 'fast'),
+    (TrainConfig, 'checkpointing', 4), (ModelConfig, 'targets', ['q_proj']), (ModelConfig, 'lora_layers', 4),
+    (InferConfig, 'quantization', None), (SessionConfig, 'save_minutes', 'soon')])
+def test_a_config_that_is_written_in_python_is_checked_like_a_kernels(config, name, bad):
+    with pytest.raises(UserError, match=f'^{name}='): config(**CONFIGS[config] | {name: bad})
+
+
+def test_a_config_that_is_written_in_python_has_the_types_of_its_fields():
+    assert PromptConfig(max_length='512') == PromptConfig(max_length=512.) == PromptConfig(max_length=512)
+    assert type(PromptConfig(max_length=512.).max_length) is int and TrainConfig(fold='1').fold == 1
+    assert ModelConfig(Path('m')) == ModelConfig('m') and TrainConfig(fold='all').fold == 'all'
+
+
+@given(st.sampled_from([(config, f.name) for config in CONFIGS for f in fields(config)]), VALUES)
+def test_no_value_of_a_setting_raises_anything_but_user_error(setting, value):
+    config, name = setting
+    with suppress(UserError): config(**CONFIGS[config] | {name: value})
+
+
+@pytest.mark.parametrize('name', ['4bit', 'nf', 'zzz'])
+def test_of_few_names_a_hint_tells_all(name):
+    "The closest one is a guess: '4bit' is closest to int8."
+    assert all(choice in nearest(name, CHOICES['quantization']) for choice in CHOICES['quantization'])
+
+
+@given(st.floats(-1, 1e9))
+def test_a_duration_is_written_as_people_write_it(seconds):
+    number, unit = duration(seconds).split()
+    assert set(number) <= set('0123456789.,') and unit in ('s', 'min', 'h')
+    told = float(number.replace(',', ''))*{'s': 1, 'min': 60, 'h': 3600}[unit]
+    assert abs(told - max(0, seconds)) <= max(.01, .051*seconds)
+
+
 # ---- inputs
 MOUNTED = ('datasets/ann/lmsys-runs/run-1', 'competitions/wsdm-cup', 'old-slug/sub', 'notebooks/bob/train',
            'models/google/gemma-2/transformers/2b-it/2', 'old-model/transformers/2b/1')
@@ -181,6 +226,20 @@ def test_what_is_not_there_is_a_user_error(mounts, spec):
 def test_the_error_lists_what_is_mounted(mounts):
     with pytest.raises(UserError, match=r'lmsys-rums.*holds: .*datasets/ann/lmsys-runs'):
         resolve_input('lmsys-rums', mounts)
+
+
+def test_a_disk_too_full_for_an_archive_is_no_missing_input(mounts, monkeypatch, tmp_path):
+    monkeypatch.setenv('UNDERDOG_CACHE', str(tmp_path/'cache'))
+    with zipfile.ZipFile(mounts/'datasets'/'ann'/'big.zip', 'w') as z: z.writestr('big/weights', bytes(5000))
+    # files of this process may have so many bytes
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(UserError, match='disk of .*cache is too full to unpack it; free some space'):
+            resolve_input('ann/big/weights', mounts)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list((tmp_path/'cache'/'unpacked').iterdir())   # nor is half of it kept
+    assert resolve_input('ann/big/weights', mounts).read_bytes() == bytes(5000)
 
 
 def test_a_local_path_wins(mounts, tmp_path, monkeypatch):

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from underdog.core import UserError
 from underdog.data.competition import LLM_FINETUNING, LMSYS, WSDM
-from underdog.data.csvfile import repair
-from underdog.data.folds import find_duplicates, labels_of, make_folds, prompt_groups, swap_probs, swap_rows
-from underdog.data.rows import TEXTS, data_hash, read_rows, write_rows
+from underdog.data.csvfile import mend_cells, read_cells, repair
+from underdog.data.folds import (
+    find_duplicates, fold_groups, labels_of, make_folds, prompt_groups, swap_probs, swap_rows)
+from underdog.data.rows import TEXTS, data_hash, read_rows, read_whatever, write_rows
 
 HEAD = 'id,model_a,model_b,prompt,response_a,response_b,winner_model_a,winner_model_b,winner_tie\n'
 slow_ok = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
@@ -76,6 +77,9 @@ BAD = {
     'UTF-16 without mark': (GOOD.encode('utf-16-le'), ['UTF-16']),
     'UTF-16 big endian': (GOOD.encode('utf-16-be'), ['UTF-16']),
     'zip archive': (b'PK\x03\x04\x14\0\0\0', ['zip', 'unpack']),
+    'Excel workbook': (b'PK\x03\x04\x14\0\x06\0', ['Excel', 'save it as csv']),
+    'semicolons': (GOOD.replace(',', ';'), ["';' or tabs", 'commas are wanted', 'save it as']),
+    'tabs': (GOOD.replace(',', '\t'), ["';' or tabs", 'commas are wanted']),
     'gzip archive': (b'\x1f\x8b\x08\0', ['gzip', 'unpack']),
     'parquet called csv': (b'PAR1\x15\x04', ['parquet']),
     'empty file': ('', ['empty']),
@@ -112,6 +116,26 @@ def test_labels_that_are_asked_for_must_be_there(read):
     assert 'a' not in read(GOOD, labelled=False)[0]
     # labels that nobody reads are nobody's problem
     assert read(GOOD.replace(',1,0,0', ',7,0,0'), labelled=False)[1].rows == 3
+
+
+def test_a_competition_may_be_given_by_its_name(read):
+    assert read(GOOD, comp='lmsys')[1].competition == read(GOOD, comp=LMSYS)[1].competition == 'lmsys'
+    with pytest.raises(UserError, match="unknown competition 'lmsis': did you mean lmsys"): read(GOOD, comp='lmsis')
+
+
+def test_files_are_found_by_their_name_as_text(tmp_path):
+    (tmp_path/'t.csv').write_text('id,prompt\n1,x\n')
+    for reader in (read_cells, mend_cells):
+        assert reader(str(tmp_path/'t.csv')).values.tolist() == [['1', 'x']]
+        with pytest.raises(UserError, match='no such file'): reader(str(tmp_path/'nowhere.csv'))
+
+
+def test_no_rows_are_no_traceback(read, tmp_path):
+    df = read(GOOD)[0].iloc[:0]
+    with pytest.raises(UserError, match='0 distinct prompts cannot fill 5 folds'): make_folds(df)
+    assert len(fold_groups(df)) == len(find_duplicates(df)) == 0
+    (tmp_path/'test.csv').write_text(HEAD)
+    assert [*read_whatever(tmp_path/'test.csv', LMSYS)] == ['id', *TEXTS]
 
 
 # ---- what is fine, or repaired

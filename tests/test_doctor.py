@@ -14,7 +14,7 @@ from fixtures import small_run
 
 from underdog.console import doctor
 from underdog.console.doctor import Check, free_space, gate, gpus, imports_offline, packages
-from underdog.console.run_doctor import kernel_checks, run_checks
+from underdog.console.run_doctor import kernel_checks, run_checks, wants_bitsandbytes
 from underdog.core import UserError, write_json
 from underdog.inference.settings import InferConfig
 from underdog.kernels import run_kernel
@@ -116,6 +116,16 @@ def test_old_or_missing_packages(monkeypatch):
     assert states(packages(False)) == {'package torch': 'warn', 'package no-such-package': 'fail', 'packages': 'ok'}
 
 
+def test_only_what_is_quantized_wants_bitsandbytes(finished, patient):
+    "A kernel that infers asks for it where the run, or its own setting, says so."
+    runs, own = [finished.path], InferConfig()
+    assert not wants_bitsandbytes(runs, own) and wants_bitsandbytes(runs, InferConfig(quantization='int8'))
+    config = patient.config
+    write_json(patient.config_file, config | dict(model=config['model'] | dict(quantization='nf4')))
+    assert wants_bitsandbytes([*runs, patient.path], own)
+    assert not wants_bitsandbytes([*runs, patient.path], InferConfig(quantization='none'))
+
+
 def test_disk_and_memory(tmp_path):
     assert states(free_space(tmp_path)) == {'disk': 'ok', 'memory': 'ok'}
     assert red(free_space(tmp_path/'a'/'b', disk_gb=1e9))
@@ -128,6 +138,9 @@ def test_imports_without_the_internet(tmp_path, monkeypatch):
     (tmp_path/'calls_home.py').write_text(code)
     monkeypatch.setenv('PYTHONPATH', str(tmp_path))
     assert 'wants the internet' in red(imports_offline(('calls_home',)))[0].seen
+    # what is killed, as where memory is short, says nothing at all
+    (tmp_path/'dies.py').write_text('import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n')
+    assert red(imports_offline(('dies',)))[0].seen == 'the imports ended with code -9'
 
 
 def test_no_gpu_is_doubtful_and_red_where_one_was_asked_for(monkeypatch):

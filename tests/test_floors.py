@@ -287,6 +287,15 @@ def test_a_fold_is_predicted_without_its_labels(rows):
         assert not np.allclose(first[name][folds == 1], again[name][folds == 1])
 
 
+def test_a_competition_by_name_other_names_and_no_rows(rows):
+    assert Floors.fit(rows, 'lmsys').competition == 'lmsys'
+    for names in (['length'], 'length', ('prior', 'length')):
+        with pytest.raises(UserError, match='FLOORS .*prior, length, tfidf.* or BASELINES .*stack.* wanted'):
+            Floors.fit(rows, 'lmsys', names)
+    with pytest.raises(UserError, match='no rows'): Floors.fit(rows, 'lmsys').predict(rows.iloc[:0])
+    with pytest.raises(UserError, match='no rows'): Floors.fit(rows.iloc[:0], 'lmsys')
+
+
 def test_best_floor():
     predictions = dict(prior=np.full((3, 3), 1/3), length=np.eye(3)*.7 + .1, tfidf=np.eye(3)*.4 + .2)
     assert best_floor(np.eye(3), predictions) == 'length'

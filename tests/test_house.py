@@ -1,5 +1,6 @@
 "The house: who may import whom, every setting and name once, a front door that costs nothing, lines one can read."
 import ast
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -18,6 +19,7 @@ from underdog.training.settings import TrainConfig
 from underdog.inference.settings import InferConfig
 
 LIBRARY = Path(underdog.__file__).parent
+ROOT = Path(__file__).parents[1]
 MODULES = sorted(f for f in LIBRARY.rglob('*.py') if f.name != '_modidx.py')
 WITH_CODE = [f for f in MODULES if f.name != '__init__.py']
 
@@ -154,3 +156,17 @@ def test_a_public_name_means_one_thing(file):
         for name in public_names(module): homes[name].append(path_of(module))
     shared = {name: homes[name] for name in public_names(file) if len(homes[name]) > 1}
     assert not shared
+
+
+@pytest.mark.parametrize('room', sorted(f.parent.name for f in LIBRARY.glob('*/__init__.py')))
+def test_the_tree_for_who_carries_on_names_every_module(room):
+    tree = re.search(r'```text\n(.*?)```', (ROOT/'CONTRIBUTING.md').read_text(), re.S)[1]
+    named = re.search(rf'^  {room}/ (.*?)(?=^  \w+/|\n\n)', tree, re.S | re.M)[1].split()
+    assert {f.stem for f in (LIBRARY/room).glob('*.py')} - {'__init__'} <= set(named)
+
+
+@pytest.mark.parametrize('file', sorted((ROOT/'nbs').rglob('*.ipynb')), ids=lambda file: file.stem)
+def test_a_notebook_is_one(file):
+    "Kinds of cells as the format has them: of another kind, a paragraph is shown as code, and Jupyter warns."
+    import nbformat
+    nbformat.validate(nbformat.read(file, 4))

@@ -22,10 +22,12 @@ from underdog.console.judge import judge
 from underdog.console.live import _html, line_of, picture, verdict, watch_run
 from underdog.console.live_kernel import _view, records_in, watch_kernel
 from underdog.console.main import main
-from underdog.console.runview import figures_of, notes_on, view_run
+from underdog.console.report import _baselines
+from underdog.console.runview import best_baseline, figures_of, notes_on, view_run
 from underdog.console.watching import _names_kernel
 from underdog.console.writers import TensorBoard, Writer
 from underdog.core import UserError
+from underdog.data.floors import BASELINES
 from underdog.runfolder import RunFolder
 from underdog.session import last_holder, locked
 
@@ -45,8 +47,9 @@ def log_steps(run, first, last, of=50):
 
 def log_evaluation(run, step):
     held = 1.05 - .001*step
-    run.log(step=step, eval_rows=80, eval_not_finite=0, eval_loss=held, eval_model=held, eval_tta=held, eval_prior=1.09,
-            eval_tfidf=1.02, eval_gain=1.02 - held, eval_gain_low=1. - held, eval_gain_high=1.04 - held)
+    run.log(step=step, eval_rows=80, eval_not_finite=0, eval_earned=.4, eval_loss=held, eval_model=held, eval_tta=held,
+            eval_prior=1.09, eval_tfidf=1.02, eval_gain=1.02 - held, eval_gain_low=1. - held,
+            eval_gain_high=1.04 - held)
 
 
 @pytest.fixture
@@ -201,6 +204,14 @@ def test_a_long_silence_is_said(run):
     os.utime(run.metrics_file, (time.time() - 300,)*2)
     with locked(run.path): assert 'nothing was logged for 5 min' in notes_on(view_run(run.path))[0]
     assert not notes_on(view_run(run.path)), 'a run that is gone is silent anyway'
+
+
+def test_the_baseline_to_beat_is_that_of_the_report(finished):
+    "Whatever else an evaluation notes beside the losses, such as the earned share, is no baseline."
+    metrics = finished.metrics()
+    assert 'eval_earned' in metrics
+    best = best_baseline(view_run(finished.path))
+    assert best == min(_baselines(metrics).items(), key=lambda item: item[1]) and best.name in BASELINES
 
 
 def test_before_an_evaluation_the_baseline_is_that_of_its_rows(finished, tmp_path):
@@ -462,6 +473,14 @@ def test_a_log_gives_the_curves_of_its_run():
     assert '1.0240 at step 30 on 1,080 rows' in _html(view) and '<img' in _html(view)
     assert {'rate', 'memory'} <= {figure.name for figure in figures_of(_view('me/gemma-1', events[:5]))}
     assert held == dict(step=30, eval_loss=1.024, eval_rows=1080, eval_model=1.026, eval_prior=1.0901, eval_tfidf=1.031)
+
+
+def test_a_log_that_ends_before_the_last_cell_is_of_a_run_that_failed():
+    began, done = dict(data='underdog: push 1a2b\n'), dict(data='underdog: done 1a2b\n')
+    cut, whole, of_others = [began], [began, done], [dict(data='epoch 1\n')]
+    assert [_view('me/k', events, ended=True).state for events in (cut, whole, of_others)] == [
+        'failed', 'finished', 'finished']
+    assert _view('me/k', cut).state == 'running'
 
 
 def test_the_log_of_a_training_says_what_its_metrics_say(finished):

@@ -324,6 +324,7 @@ def test_a_missing_pad_token_is_replaced(prompters):
 def test_texts_may_be_null_strings_or_arrays(prompters):
     def segments(*cells): return prompters('base').segments(dict(zip(('prompt', 'response_a', 'response_b'), cells)))
     assert segments('Hi', None, ['b']) == segments(['Hi'], [None], np.array(['b'], object))
+    assert segments('Hi', np.nan, ['b']) == segments('Hi', '', 'b')   # what pandas reads of an empty cell
     assert segments(['Hi', 'x'], ['a'], ['b']) == segments(['Hi', 'x'], ['a', ''], ['b', None])
 
 

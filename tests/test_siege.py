@@ -1,5 +1,6 @@
 "A short siege (`python -m benchmarks.siege` is the long one): generated attacks on the library are answered well."
 import sys
+import time
 
 import pytest
 from conftest import REPO, slow
@@ -45,6 +46,21 @@ def test_a_forked_job_ends_as_a_process_does(tmp_path, monkeypatch, name, code, 
         raise dict(UserError=UserError, KeyError=KeyError)[name]('no')
     ended = do(work, tmp_path/'log.txt')
     assert (ended.code, ended.traceback) == (code, traceback) and ended.text.startswith('at work')
+
+
+def test_who_only_waits_hangs_and_who_works_does_not(tmp_path, monkeypatch):
+    "What waits for another looks every now and then whether that one lives."
+    from benchmarks import siege_fork
+    monkeypatch.setattr(siege_fork, 'start_warm', lambda: None)
+    monkeypatch.setattr(siege_fork, 'STILL_S', 3.)
+    def work():
+        end = time.process_time() + 4
+        while time.process_time() < end: pass
+    def wait():
+        while True: time.sleep(.2)
+    assert do(work, tmp_path/'log.txt', limit_s=600.).code == 0
+    ended = do(wait, tmp_path/'log.txt', limit_s=600.)
+    assert ended.code is None and '3 s without work' in ended.text
 
 
 def test_the_siege_asks_for_options_that_there_are():

@@ -21,6 +21,13 @@ COMMAND = [sys.executable, '-m', 'underdog']
 # as from a terminal, also where the tests run in the background and SIGINT is ignored
 CODE = 'import signal\nsignal.signal(2, signal.default_int_handler)\nfrom underdog.console.main import main; main()'
 TOLD = 'underdog: stopping in order; Ctrl-C once more stops at once'
+LATE = """kernel = get_ipython().kernel
+execute = kernel.shell_handlers['execute_request']
+async def late(*args):
+    await execute(*args)
+    print('interrupted')
+    raise KeyboardInterrupt
+kernel.shell_handlers['execute_request'] = late"""
 SLEEPS = 'import os, time\nopen("pid", "w").write(str(os.getpid()))\ntime.sleep(300)'
 
 
@@ -75,6 +82,16 @@ def test_ctrl_c_while_the_kernel_starts(started, sleeping):
     out, err = process.communicate(timeout=600)
     # before the kernel is there, nothing has to stop in order
     assert process.returncode == 130 and err.strip() in (TOLD, 'underdog: stopped by Ctrl-C'), (process.returncode, err)
+
+
+def test_an_interrupt_at_the_end_of_a_cell_says_nothing(started, sleeping, tmp_path):
+    "Jupyter interrupts a kernel before it ends it; where the cell has only just ended, ipykernel calls that an error."
+    notebook = json.loads((tmp_path/sleeping).read_text())
+    notebook['cells'][1]['source'] = LATE
+    notebook['cells'].append(dict(notebook['cells'][1], id='last', source='print("went on")'))
+    (tmp_path/sleeping).write_text(json.dumps(notebook))
+    out, err = started('run', sleeping).communicate(timeout=600)
+    assert 'interrupted' in out and 'went on' in out and not err, err
 
 
 def test_ctrl_c_lets_a_training_save(started, world, tmp_path):

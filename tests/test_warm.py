@@ -96,3 +96,13 @@ def test_a_notebook_passes_fails_or_dies(tmp_path, capsys, last, code, text):
     assert text in told and ('lesson.ipynb FAILED' in told) == (code != 0)
     assert not code or f'with code {code}' in told
     assert ('it is one' in told) == (code == 1)
+
+
+def test_a_child_that_is_killed_before_it_begins_keeps_nobody_waiting():
+    "The server does not see it; whoever asked would wait for ever."
+    server, (here, there) = warm.Server(), socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    server.owner, server.socket = os.getpid(), here
+    with here, there, subprocess.Popen(['sleep', '600']) as child:
+        there.send(str(child.pid).encode())
+        child.kill()
+        assert server._ask({}, []) == child.pid and child.wait() == -signal.SIGKILL

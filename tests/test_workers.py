@@ -81,9 +81,13 @@ def poison(device):
 
 @pytest.mark.parametrize('devices', [pytest.param(['cpu'], marks=slow), ['cpu', 'cpu']])
 def test_a_part_that_kills_costs_itself_only(devices):
-    results = {}
-    with Workers(poison, devices) as workers: assert workers.run(list(range(20)), results.__setitem__, quiet) == [7]
+    "And of each it is said once that it was given up, not again when a worker dies later."
+    parts, results, messages = [*range(20), *[7]*(len(devices) - 1)], {}, []
+    lost = [i for i, x in enumerate(parts) if x == 7]
+    def note(text, **_): messages.append(text)
+    with Workers(poison, devices) as workers: assert workers.run(parts, results.__setitem__, note) == lost
     assert results == {i: i*i for i in range(20) if i != 7}
+    assert len(messages) == 2*len(lost) and sum('given up' in text for text in messages) == len(lost)
 
 
 def slowing(device):

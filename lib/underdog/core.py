@@ -18,11 +18,15 @@ from pathlib import Path
 class UserError(ValueError):
     "A mistake of the user's: the message says what, where and how to mend it."
 
+_FEW = 5   # names that are told all: '4bit' is closest to int8, and nf4 was meant
+
 def nearest(name, known):
-    "A hint for a mistyped `name`: the closest of `known`, or all of them."
+    "A hint for a mistyped `name`: the closest of `known`; all of them where they are few or none is close."
     known = [str(k) for k in known]
     close = difflib.get_close_matches(str(name), known, n=3, cutoff=.5)
-    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
+    hints = [f"did you mean {' or '.join(close)}?"] if close else []
+    if not close or len(known) <= _FEW: hints.append(f"known: {', '.join(known)}")
+    return ' '.join(hints)
 
 # %% ../../nbs/00_core.ipynb #e07e4c14
 @contextmanager
@@ -271,9 +275,13 @@ _LARGEST = dict(   # by the name of a field: more is a slip of the hand, and wou
 class Settings:
     "What every config can do. A field whose kernel parameter has another name says so: `metadata={'parameter': name}`."
     def __post_init__(self):
-        # nan passes any comparison by which a config refuses a value
+        hints = typing.get_type_hints(type(self))
         for f in fields(self):
+            # a config that is written in Python gets the same types; frozen, it takes no plain assignment
             value = getattr(self, f.name)
+            value = convert(str(value) if isinstance(value, Path) else value, hints[f.name], f.name)
+            object.__setattr__(self, f.name, value)
+            # nan passes any comparison by which a config refuses a value
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f'{f.name}={value}: a finite number is wanted')
             if f.name in _LARGEST and value > _LARGEST[f.name]:

@@ -172,9 +172,10 @@ def run_kernel(name, parameters, out):
     notebooks = [str(file).replace('{', '{{').replace('}', '}}') for file in (path, target)]
     try:
         with _Interrupts() as interrupts:
+            # an interrupt after the end of a cell, as Jupyter sends it, would be an ERROR of the kernel's log
             pm.execute_notebook(*notebooks, values, kernel_name='python3', progress_bar=False,
                                 log_output=True, stdout_file=sys.stdout, stderr_file=sys.stderr,
-                                extra_arguments=['--log-level=ERROR'], on_cell_start=interrupts.begin_cell)
+                                extra_arguments=['--log-level=CRITICAL'], on_cell_start=interrupts.begin_cell)
     except pm.PapermillExecutionError as e:
         if e.ename == 'UserError': raise UserError(e.evalue) from None
         raise KernelFailed(f'{path.stem}: {e.ename}: {e.evalue} '

@@ -8,10 +8,11 @@ __all__ = ['on_kaggle', 'scored_run', 'kaggle_root', 'cache_folder', 'library_ro
 
 # %% ../../nbs/01_machine.ipynb #411b4a87
 import ctypes, logging, os, shutil, sys, tempfile, warnings, zipfile
+from contextlib import suppress
 from glob import escape
 from pathlib import Path
 
-from .core import UserError, fingerprint
+from .core import UserError, disk_full, fingerprint
 
 # %% ../../nbs/01_machine.ipynb #ac61174b
 def on_kaggle():
@@ -55,7 +56,10 @@ def resolve_input(spec, root=None):
             unpacked = _from_archive(root, pattern.split('/'))
             if unpacked: return unpacked
     except zipfile.BadZipFile as e: raise UserError(f'{spec}: it lies in an archive that is broken ({e})') from None
-    except (OSError, ValueError, NotImplementedError): pass   # a name too long, or with a NUL, is no file either
+    except (OSError, ValueError, NotImplementedError) as e:   # a name too long, or with a NUL, is no file either
+        if disk_full(e):
+            raise UserError(f'{spec}: it lies in an archive, and the disk of {cache_folder()} is too full to unpack '
+                            'it; free some space, or name a larger disk in UNDERDOG_CACHE') from None
     # elsewhere than on Kaggle there is nothing to attach to
     if not root.exists(): raise UserError(f'{spec}: no such file or folder; check the path')
     raise UserError(f'{spec}: no such file or folder, nor under {root}, which holds: {_tree(root)}; check the path, '
@@ -101,10 +105,10 @@ def _unpack(archive):
     if folder.exists(): return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(dir=folder.parent))
-    with zipfile.ZipFile(archive) as z: z.extractall(new)
-    # another process may have been faster
-    try: new.rename(folder)
-    except OSError: shutil.rmtree(new)
+    try:
+        with zipfile.ZipFile(archive) as z: z.extractall(new)
+        with suppress(OSError): new.rename(folder)   # another process may have been faster
+    finally: shutil.rmtree(new, ignore_errors=True)
     return folder
 
 def _tree(root, limit=30):

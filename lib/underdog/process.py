@@ -123,7 +123,6 @@ def _stand_by(module, *libraries):
     sys.modules.pop(module, None)
     runpy.run_module(module, run_name='__main__', alter_sys=True)
 
-#| eval: false
 if __name__ == '__main__' and '__file__' in globals(): _stand_by(*sys.argv[1:])
 
 # %% ../../nbs/03_process.ipynb #dd1b1a6f

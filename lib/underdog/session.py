@@ -47,7 +47,8 @@ class Clock:
 
 def duration(seconds):
     "`seconds` as a person says them: '1.5 min'."
-    seconds = max(0., seconds)
+    seconds = max(0., round(seconds, 2))
+    if seconds >= 99.5*3600: return f'{seconds/3600:,.0f} h'   # two digits would be 1e+02
     if seconds >= 3600: return f'{seconds/3600:.2g} h'
     return f'{seconds/60:.2g} min' if seconds >= 60 else f'{seconds:.2g} s'
 

@@ -9,6 +9,7 @@ import ctypes
 import itertools
 import os
 import pickle
+import select
 import signal
 import socket
 import subprocess
@@ -68,9 +69,17 @@ class Server:
         try:
             socket.send_fds(self.socket, [pickle.dumps(request)], descriptors)
             pid = int(self.socket.recv(100) or 0)
-            if not pid or self.socket.recv(100) != b'begun': raise OSError('the server is gone')
+            if not pid or not self._begun(pid): raise OSError('the server is gone')
         finally: reap(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
         return pid
+
+    def _begun(self, pid):
+        "Wait until the child `pid` has begun, or was killed before it could say so."
+        heard = lambda limit_s: select.select([self.socket], [], [], limit_s)[0]
+        while not heard(.1):
+            # what it said as it died is not left for the next request
+            if _dead(pid) and not heard(0): return True
+        return self.socket.recv(100) == b'begun'
 
     def _begin(self):
         self.owner = os.getpid()
@@ -80,6 +89,12 @@ class Server:
         with there:
             self.process = subprocess.Popen([sys.executable, '-c', code], pass_fds=[there.fileno()], env=env,
                                             **dict.fromkeys(('stdin', 'stdout', 'stderr'), subprocess.DEVNULL))
+
+
+def _dead(pid):
+    "Has this child ended? Its exit code is left to who waits for it."
+    try: return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError: return False   # it is not yet ours
 
 
 def _wanted(args, env):

@@ -133,7 +133,9 @@ def imports_offline(names=_IMPORTED):
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', _OFFLINE.format(names=list(names))],
                           capture_output=True, text=True, env=dict(os.environ, HF_HUB_OFFLINE='1', PYTHONPATH=path))
     good = done.returncode == 0
-    seen = f'{len(names)} packages' if good else done.stderr.strip().splitlines()[-1]
+    # what was killed has no last words
+    words = done.stderr.strip().splitlines() or [f'the imports ended with code {done.returncode}']
+    seen = f'{len(names)} packages' if good else words[-1]
     return [Check.of('imports without internet', good, seen, 'attach the wheel of what is missing')]
 
 # %% ../../../nbs/8_console/01_doctor.ipynb #a922e9af

@@ -24,7 +24,7 @@ def compare(
     from underdog.console.compare import compare_runs, comparison_sections
     from underdog.console.report import write_report
     compared = compare_runs(runs)
-    # a predictions' interval in one column, so that the table fits a terminal
+    # a prediction's interval in one column, so that the table fits a terminal
     span = lambda low, high: f'{low:.4f} to {high:.4f}'
     rows = [(name, loss, span(low, high), f'{worse:+.4f}', span(at_least, at_most), verdict)
             for name, loss, low, high, worse, at_least, at_most, verdict in compared.table.itertuples(index=False)]

@@ -100,7 +100,7 @@ def judge_position(y, one):
     if abs(bias.mean()) < .02 or not _sure(bias*np.sign(bias.mean())): return []
     first = 'first' if bias.mean() > 0 else 'second'
     return [Finding(f'In one order the {first} answer is preferred by {abs(bias.mean()):.0%} more than people do',
-                    'predict both orders (tta), or train with orders=both')]
+                    'predicting both orders (tta), or training with orders=both')]
 
 # %% ../../../nbs/8_console/03a_judge.ipynb #bcb9fb56
 def judge(run):

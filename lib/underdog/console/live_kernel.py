@@ -13,7 +13,7 @@ from pathlib import Path
 from ..core import UserError
 from ..session import duration
 from ..runfolder import RunFolder
-from ..kaggle.watch import follow_log, kernel_state, log_lines, wait_for_kernel
+from ..kaggle.watch import follow_log, kernel_state, log_lines, push_of, wait_for_kernel
 from .live import redrawn
 from .runview import RunView
 
@@ -53,11 +53,17 @@ def _of_evaluation(match):
                 **{f'eval_{name}': float(loss) for name, loss in losses.items()})
 
 # %% ../../../nbs/8_console/04g_live_kernel.ipynb #60d309c5
-def _view(ref, events, state='running'):
-    "The `RunView` of the kernel `ref` by the `events` of its log."
-    lines = log_lines(events[-50:])
+def _view(ref, events, ended=False):
+    "The `RunView` of the kernel `ref` by the `events` of its log, which may have `ended`."
+    lines, state = log_lines(events[-50:]), _end_of(events) if ended else 'running'
     return RunView(RunFolder(Path(ref)), state, f'{ref}: {state}; no step yet', {}, records_in(events),
                    words=lines[-1] if lines else '')
+
+def _end_of(events):
+    "finished or failed: the last cell of a push says that all was done; a kernel of others says nothing."
+    lines = log_lines(events)
+    push = push_of(lines)
+    return 'failed' if push and f'underdog: done {push}' not in lines else 'finished'
 
 @contextmanager
 def _log_itself(events):
@@ -101,7 +107,7 @@ def watch_kernel(hub, ref, every=2., once=False, writers=()):
         ended = False
         while not ended:
             ended = over.wait(every)   # known before the last look
-            view = _view(ref, list(events), 'finished' if ended else 'running')
+            view = _view(ref, list(events), ended)
             for writer in writers: writer.take(view)
             show(view)
     if errors: raise errors[0]

@@ -21,9 +21,12 @@ MODEL = argument(str, 'model folder, config.json, or a name, such as gemma-2-9b,
 ACCELERATOR = option(str, '2xT4, T4, P100, L4, 4xL4, A10G, RTX3090, RTX4090, A6000, A100-40, A100-80, 2xA100-80, A800, '
                           'H100, TPUv5e-8')
 ROWS_OF = argument(Path | None, "train.csv; left out: the lengths of LMSYS' train.csv")
+HEAD = option(str, 'pair, joint, symmetric or combined')
 FOLDS = option(int, 'as many models, trained one after another (fold=all); 1: a single one', min=1)
 TABLE = option(Path | None, 'your own table of accelerators')
 SCORED = option(int, 'of the scored run', min=1, max=10**9)
+HEAD = option(str, 'pair, joint, symmetric')
+AWP = option(float, 'share of the steps with adversarial weight perturbation: computed twice')
 TUNING = option(str, 'lora; full: every weight of a small model; layers: all but its embedding')
 QUANTIZATION = option(str, "nf4, int8, none; '': nf4 for LoRA, none where the weights themselves are trained")
 HOURS = option(float, 'that there are for the training', '--hours')
@@ -37,12 +40,13 @@ def plan(
     file: ROWS_OF = None,
     on: ACCELERATOR = '2xT4',
     budget_hours: HOURS = 30.,
-    head: option(str, 'pair, joint, symmetric') = 'pair',
+    head: HEAD = 'pair',
     max_length: option(int, 'tokens of one sequence') = 1024,
     tuning: TUNING = 'lora',
     rank: option(int, 'of LoRA') = 16,
     quantization: QUANTIZATION = '',
     epochs: option(float, 'passes over the rows') = 1.,
+    awp: AWP = 0.,
     folds: FOLDS = 1,
     rows: option(int, 'of the training; 0: all of the file', min=0) = 0,
     test_rows: SCORED = 25000,
@@ -61,7 +65,7 @@ def plan(
     from underdog.search.estimate import make_plan
     from underdog.search.recipe import Recipe
     from underdog.search.shapes import accelerator, model_shape
-    what = dict(tuning=tuning, rank=rank, quantization=_bits(tuning, quantization))
+    what = dict(tuning=tuning, rank=rank, quantization=_bits(tuning, quantization), awp=awp)
     recipe = Recipe(head=head, max_length=max_length, epochs=epochs, **what).over(folds)
     if calibrate: return _print_calibration(_calibrated(model, file, recipe), json_)
     card, measured = accelerator(on, accelerators), []
@@ -94,6 +98,7 @@ def _relay(model, changes, recipe):
     for name in ('head', 'max_length', 'tuning', 'rank', 'quantization', 'epochs'):
         value = changes.get(name, getattr(recipe, name))
         if value != getattr(usual, name): settings[name] = value
+    settings |= recipe.awp_settings
     if recipe.models > 1: settings |= dict(fold='all', n_folds=recipe.models)
     if 'lora_layers' in changes: settings['lora_layers'] = f"-{changes['lora_layers']}:"
     path = _ON_KAGGLE.get(model, 'models/OWNER/MODEL/transformers/VARIATION/VERSION')
@@ -172,7 +177,8 @@ def _calibrated(model, file, recipe):
     # the recipe's fields as settings of that training
     settings = {name: getattr(recipe, name) for name in ('head', 'tuning', 'rank', 'quantization')}
     model = ModelConfig(model, **settings)
-    return calibrate(file, model, PromptConfig(max_length=recipe.max_length), TrainConfig(epochs=recipe.epochs))
+    cfg = TrainConfig(epochs=recipe.epochs, **recipe.awp_settings)
+    return calibrate(file, model, PromptConfig(max_length=recipe.max_length), cfg)
 
 def _print_calibration(c, as_json):
     from dataclasses import asdict

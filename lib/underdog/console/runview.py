@@ -19,6 +19,7 @@ from ..machine import resolve_input
 from ..session import duration, last_holder
 from ..runfolder import RunFolder, baselines_in, columns
 from ..data.competition import get_competition
+from ..data.floors import BASELINES
 from ..data.metrics import log_loss
 from ..training.checkpoint import Checkpoints
 from .figures import smoothed
@@ -109,8 +110,6 @@ def _state_of(run):
     return 'gone', f'{run.path}: its process is gone{who} {when} {at} and has not said why; the same command {then}'
 
 # %% ../../../nbs/8_console/04d_runview.ipynb #326c6060
-_NO_BASELINES = ('loss', 'rows', 'not_finite', 'model', 'tta', 'gain', 'gain_low', 'gain_high')
-
 class Baseline(NamedTuple):
     "The best baseline on held-out rows."
     name: str
@@ -119,9 +118,9 @@ class Baseline(NamedTuple):
 def best_baseline(view):
     "`Baseline` of the last evaluation, else by rows.parquet; None where neither is there."
     if len(view.evaluations):
+        # an evaluation notes other figures, too: rows, the earned share, the gain
         last = view.evaluations.iloc[-1].dropna()
-        losses = {k.removeprefix('eval_'): x for k, x in last.items() if k.startswith('eval_')}
-        losses = {name: x for name, x in losses.items() if name not in _NO_BASELINES}
+        losses = {name: last[f'eval_{name}'] for name in BASELINES if f'eval_{name}' in last}
     elif view.run.rows_file.is_file() and view.config:
         losses = _losses_in(view.run, view.config['competition'], view.run.rows_file.stat().st_mtime)
     else: return None

@@ -25,7 +25,7 @@ from .run_doctor import both_ways
 
 # %% ../../../nbs/8_console/04b_tryout.ipynb #67311349
 def finished_run(path):
-    "The `RunFolder` at `path`; `UserError` where it is not finished, or a single fold of a larger run."
+    "The `RunFolder` at `path`; `UserError` where it is not finished, or has a model for each fold."
     run = RunFolder.open(path)
     if not run.trained: raise UserError(f'{run.path}: not finished; train it to its end first')
     check_whole(run)

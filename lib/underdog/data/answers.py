@@ -26,7 +26,7 @@ _MORE = [
     'Most people learn it early.', 'That is the short version.', 'Ask again for details.',
     'It has long been so.', 'Other sources agree.']
 
-# what each property adds to the quality; tie: how much less likely than a win a tie is (see `davidson`)
+# what each property adds to the quality; tie: log odds of a tie against a win of either of two equal answers
 _WEIGHTS = dict(right=2.0, manner=0.8, sentence=0.4, bold=0.6, tie=0.0)
 
 # %% ../../../nbs/1_data/05_answers.ipynb #b052d601

@@ -69,7 +69,8 @@ COMPETITIONS = (LLM_FINETUNING, LMSYS, WSDM)   # the open one first
 
 # %% ../../../nbs/1_data/00_competition.ipynb #43d6d895
 def get_competition(name):
-    "The competition with this name or slug."
+    "The competition with this name or slug; a `Competition` of your own is itself."
+    if isinstance(name, Competition): return name
     for c in COMPETITIONS:
         if name in (c.name, c.slug): return c
     raise UserError(f'unknown competition {name!r}: {nearest(name, [c.name for c in COMPETITIONS])}')

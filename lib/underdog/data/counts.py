@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..core import UserError
 from ..machine import return_memory
 from ..session import progress_bar
 from .rows import TEXTS
@@ -193,6 +194,7 @@ class Counts(NamedTuple):
 def count_rows(df, traits=False):
     "The `Counts` of the rows of `df`, made on all cores; with their `traits` it takes about three times as long."
     import scipy.sparse as sp
+    if not len(df): raise UserError('no rows to look at; check the file and its filters')
     def count(at):
         rows = {c: df[c].iloc[at:at + _TOGETHER] for c in TEXTS}
         a, b = (count_words(['\n'.join(turns) for turns in rows[c]]) for c in TEXTS[1:])

@@ -39,7 +39,7 @@ def printable(value, limit=60):
 
 # %% ../../../nbs/1_data/01_csvfile.ipynb #52a29ea1
 _NOT_CSV = {
-    b'PK\x03\x04': 'a zip archive; unpack it',
+    b'PK\x03\x04': 'a zip archive or an Excel workbook; unpack it, or save it as csv',
     b'\x1f\x8b': 'a gzip archive; unpack it',
     b'PAR1': 'a parquet file; give it the ending .parquet'}
 
@@ -81,6 +81,9 @@ def _csv_rows(path):
 
     # pandas 3 cannot hold a surrogate in a name
     header = [repair(name, Counter()).strip() for name in rows[0]]
+    if len(header) == 1 and len(names := re.split('[;\t]', header[0])) > 2:
+        raise UserError(f"{path}: {len(names)} names in the header with ';' or tabs between them; commas are wanted, "
+                        'save it as comma-separated csv')
     for i, fields in enumerate(rows[1:], 1):
         if len(fields) == len(header): continue
         raise UserError(f'{path}: row {i} (id {printable(fields[0])}) has {len(fields)} fields, the header has '
@@ -89,7 +92,7 @@ def _csv_rows(path):
 
 def read_cells(path):
     "DataFrame of the cells of a file as they stand there: strings of a csv, objects of a parquet file."
-    regular(path)
+    path = regular(path)
     if path.suffix.lower() == '.parquet':
         try: return pd.read_parquet(path)
         except Exception as e:
@@ -106,7 +109,7 @@ def mend_cells(path):
 
     `UserError` where there is not even a header."""
     csv.field_size_limit(2**31 - 1)
-    raw = path.read_bytes()
+    raw = regular(path).read_bytes()
     text = raw.decode('utf-16' if raw[:2] in (b'\xff\xfe', b'\xfe\xff') else 'utf-8-sig', 'replace')
     header, *rows = _legible(csv.reader(io.StringIO(text, newline=''))) or [[]]
     names = [repair(name, Counter()).strip() for name in header]

@@ -30,7 +30,7 @@ from .traits import read_traits
 from .trees import Trees
 
 # %% ../../../nbs/1_data/07_floors.ipynb #139df2f3
-FLOORS = ('prior', 'length', 'tfidf')              # quick: those of a run folder
+FLOORS = ('prior', 'length', 'tfidf')              # quick: all that a run of many rows fits
 BASELINES = (*FLOORS, 'traits', 'trees', 'stack')   # all: what a model must beat
 _STACKED = BASELINES[:-1]
 
@@ -146,8 +146,8 @@ class Floors:
 
     @classmethod
     def fit(cls, df, comp, names=FLOORS):
-        "Fit the baselines `names`, `FLOORS` or `BASELINES`, on labelled rows."
-        return _fit_without(df, comp, np.zeros(len(df), int), held=[-1], names=names)[0][0]
+        "Fit the baselines `names`, `FLOORS` or `BASELINES`, on labelled rows; `comp`: a `Competition` or its name."
+        return _fit_without(df, get_competition(comp), np.zeros(len(df), int), held=[-1], names=names)[0][0]
 
     def predict(self, rows):
         """{baseline: probabilities (n, C)} of `rows`, a DataFrame or its `Counts`; without traits, of the quick ones.
@@ -238,6 +238,8 @@ def _fit_without(df, comp, folds, held, names=FLOORS, groups=None):
 
     Rows are counted once; the fits work on all cores."""
     from threadpoolctl import threadpool_limits
+    if tuple(names) not in (FLOORS, BASELINES):
+        raise UserError(f'names={names!r}: FLOORS ({", ".join(FLOORS)}) or BASELINES ({", ".join(BASELINES)}) wanted')
     # fold after fold, so that each is a slice
     order = np.argsort(folds, kind='stable')
     folds, y = folds[order], labels_of(df, comp).astype(float)[order]

@@ -94,7 +94,7 @@ def make_folds(df, n_folds=5, seed=0, groups=None):
     if groups is None: groups = fold_groups(df)
     outcome = df[classes].to_numpy().argmax(1)
     totals = {c: (outcome == j).sum() for j, c in enumerate(classes)}
-    _check_foldable(_file(df), groups.max() + 1, totals, n_folds)
+    _check_foldable(_file(df), groups.max(initial=-1) + 1, totals, n_folds)
 
     # deal the groups in the order of a hash of their prompt, the least of several, however the rows are ordered
     keys = df['prompt'].map(_key)

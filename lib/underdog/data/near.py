@@ -79,6 +79,7 @@ def near_groups(texts):
     import pandas as pd
     import scipy.sparse as sp
     from scipy.sparse.csgraph import connected_components
+    if not len(texts): return np.zeros(0, int)
     i, j = near_pairs(tfidf(texts))
     graph = sp.coo_matrix((np.ones(len(i)), (i, j)), (len(texts), len(texts)))
     return pd.factorize(connected_components(graph, directed=False)[1])[0]

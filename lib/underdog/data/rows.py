@@ -16,7 +16,7 @@ import pandas as pd
 
 from ..core import UserError, atomic_path, fingerprint, nearest
 from ..machine import resolve_input
-from .competition import TEXTS, detect_competition
+from .competition import TEXTS, detect_competition, get_competition
 from .csvfile import mend_cells, printable, read_cells, repair
 from .folds import find_duplicates, prompt_groups
 
@@ -159,11 +159,12 @@ class ReadReport:
 def read_rows(path, comp=None, labelled=None):
     """(rows, report) of a competition's file.
 
-    `comp` None: the competition that its columns tell. `labelled` None: labels are read where their columns are; True:
-    they must be there; False: they are left alone. `UserError` names file, row and column of what is wrong."""
+    `comp`: a `Competition` or its name; None: the one that its columns tell. `labelled` None: labels are read where
+    their columns are; True: they must be there; False: they are left alone. `UserError` names file, row and column of
+    what is wrong."""
     path = resolve_input(path)
     table = read_cells(path)
-    comp = comp or detect_competition(table.columns)
+    comp = get_competition(comp) if comp else detect_competition(table.columns)
 
     # one label column without the others is a mistake, too
     if labelled is None: labelled = any(c in table.columns for c in comp.label_columns)
@@ -221,7 +222,8 @@ def read_whatever(path, comp):
     counts = Counter()
     texts = zip(*([_turns_or_none(cell, comp, counts) for cell in table[c]] for c in TEXTS))
     rows = [_evened(row) for row in texts]
-    df = pd.DataFrame({'id': [str(cell).strip() for cell in table['id']], **dict(zip(TEXTS, zip(*rows)))})
+    columns = {c: [row[j] for row in rows] for j, c in enumerate(TEXTS)}
+    df = pd.DataFrame({'id': [str(cell).strip() for cell in table['id']], **columns})
     df.attrs['file'] = path.name
     print(f'{path.name}: {len(df):,} rows, {dict(counts)}', flush=True)
     return df

@@ -6,33 +6,42 @@
 __all__ = ['id_key', 'wanted_ids', 'write_submission', 'check_submission']
 
 # %% ../../../nbs/1_data/08_submission.ipynb #c4c0f348
-import re
+import csv, re
 
 import numpy as np
 import pandas as pd
 
 from ..core import UserError, atomic_path, regular
 from ..machine import resolve_input
-from .csvfile import mend_cells
+from .competition import get_competition
+from .csvfile import mend_cells, printable, read_cells
 
 # %% ../../../nbs/1_data/08_submission.ipynb #4ed28ac6
-def _sample_ids(sample, comp):
-    "Ids of a sample submission, as strings; its columns must be the competition's."
-    sample = regular(resolve_input(sample))
-    try: table = pd.read_csv(sample, dtype=str, keep_default_na=False)
-    except (ValueError, OSError) as e:
-        raise UserError(f'{sample}: not readable as csv ({e}); download sample_submission.csv again') from None
-    if list(table.columns) != list(comp.submission_columns):
-        wanted = ', '.join(comp.submission_columns)
-        raise UserError(f"{sample}: columns {', '.join(table.columns)}; {wanted} are wanted for {comp.name}")
-    twice = table['id'].duplicated()
-    if twice.any():
-        raise UserError(f'{sample}: row {int(twice.argmax()) + 1}: id {table["id"][twice].iloc[0]} stands twice; '
-                        'download or write it again')
-    return table['id'].tolist()
+_AGAIN = 'download or write it again'
 
-def _check_probabilities(ids, probs, where):
+def _submission_cells(file, comp):
+    "The cells of a submission or of the sample, as text: columns are the competition's, and every row has its own id."
+    file = regular(resolve_input(file))
+    if file.suffix.lower() == '.parquet': raise UserError(f'{file}: a parquet file; a submission is csv')
+    table = read_cells(file)
+    # a blank in a name, which does not matter elsewhere, makes it another column for Kaggle
+    with open(file, encoding='utf-8-sig', errors='replace', newline='') as f:
+        header = next(fields for fields in csv.reader(f) if fields)
+    if header != list(comp.submission_columns):
+        names, wanted = printable(', '.join(header), 200), ', '.join(comp.submission_columns)
+        raise UserError(f'{file}: columns {names}; {wanted} are wanted for {comp.name}')
+    if not len(table): raise UserError(f'{file}: a header and no rows; {_AGAIN}')
+    for what, bad in {'empty': table['id'].str.strip() == '', 'there already': table['id'].duplicated()}.items():
+        if not bad.any(): continue
+        raise UserError(f'{file}: row {int(bad.argmax()) + 1}, column id: {printable(table["id"][bad].iloc[0])!r} is '
+                        f'{what}; {_AGAIN}')
+    return table
+
+def _check_probabilities(ids, probs, comp, where):
     "`UserError` at the first row of `probs` (n, C) that is not a probability distribution."
+    if probs.ndim != 2 or probs.shape[1] != comp.n_classes:
+        raise UserError(f'{where}: probabilities of shape {probs.shape}; a row for each id and a column for each of '
+                        f"{', '.join(comp.classes)} are wanted")
     if len(ids) != len(probs): raise UserError(f'{where}: {len(ids)} ids, {len(probs)} rows of probabilities')
     faults = {'not finite': ~np.isfinite(probs).all(1), 'not between 0 and 1': ((probs < 0) | (probs > 1)).any(1),
               'do not sum to 1': np.abs(probs.sum(1) - 1) > 1e-6}
@@ -85,10 +94,10 @@ def write_submission(path, ids, probs, comp, sample=None, missing=None):
     if missing is not None:
         ids, probs = _filled_in(ids, probs, np.asarray(missing, float), sample)
         sample = None
-    _check_probabilities(ids, probs, path)
+    _check_probabilities(ids, probs, comp, path)
     # the rows of the sample, in its order
     if sample is not None:
-        wanted = _sample_ids(sample, comp)
+        wanted = _submission_cells(sample, comp)['id'].tolist()
         _check_ids(ids, wanted, path)
         ids, probs = wanted, probs[pd.Index(ids).get_indexer(wanted)]
     # a column per class, or the name of the winner
@@ -100,13 +109,15 @@ def write_submission(path, ids, probs, comp, sample=None, missing=None):
 
 # %% ../../../nbs/1_data/08_submission.ipynb #3210815a
 def check_submission(path, comp, sample=None):
-    "Check a submission file: columns, ids and their order, finite numbers that sum to 1; returns its number of rows."
-    path = resolve_input(path)
-    ids = _sample_ids(path, comp)
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    """Check a submission file: columns, ids and their order, finite numbers that sum to 1; returns its number of rows.
+
+    `comp`: a `Competition` or its name."""
+    path, comp = resolve_input(path), get_competition(comp)
+    table = _submission_cells(path, comp)
+    ids = table['id'].tolist()
     # the ids of the sample, in its order
     if sample is not None:
-        wanted = _sample_ids(sample, comp)
+        wanted = _submission_cells(sample, comp)['id'].tolist()
         _check_ids(ids, wanted, path)
         if ids != wanted:
             row = 1 + next(i for i, (a, b) in enumerate(zip(ids, wanted)) if a != b)
@@ -119,5 +130,5 @@ def check_submission(path, comp, sample=None):
                             'model_a or model_b is wanted')
     else:
         probs = table[list(comp.label_columns)].apply(pd.to_numeric, errors='coerce')
-        _check_probabilities(ids, probs.to_numpy(float), path)
+        _check_probabilities(ids, probs.to_numpy(float), comp, path)
     return len(ids)

@@ -16,7 +16,7 @@ from ..model.settings import CHOICES
 class InferConfig(Settings):
     "Settings of one inference; a kernel's parameters have the same names."
     tta: bool = True             # average over both orders of A and B (a pair head is symmetric, it needs one pass)
-    batch_tokens: int = 8192     # padded tokens of one forward pass on one device
+    batch_tokens: int = 8192     # tokens of one forward pass on one device
     base: str = ''               # where the backbone lies now, if not where it lay in training
     quantization: str = ''       # none, nf4 or int8; '' is what it was trained in
     int8_threshold: float = 6.0  # outlier bound of int8; 0: none, pure 8-bit products, faster on a T4

@@ -237,14 +237,15 @@ class Workers:
         reason = message.reason or f'ended with code {worker.process.exitcode}'
         self.reasons.append(f'worker {worker.number} on {self.devices[worker.number]}: {reason}')
         if message.hopeless: self.mistakes.append(message.reason)
+        before = len(run.queue.dropped)
         back = run.queue.hand_back(connection)
-        dropped = len(run.queue.dropped)
+        given_up = len(run.queue.dropped) - before   # by this death; earlier ones were said
         # one that could not load would not load again
         again = worker.ready and worker.lives > 1 and not message.hopeless
         if again: self._start(worker.number, worker.lives - 1)
         if self._all_mistakes(): return   # the error says it
         text = f'{self.reasons[-1]}; its {len(back)} parts go back into the queue'
-        if dropped: text += f', {dropped} were given up'
+        if given_up: text += ', the one in hand is given up'
         if again: text += ', it starts again'
         run.log(text, flush=True)
 

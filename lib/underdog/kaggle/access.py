@@ -87,7 +87,7 @@ def _about_model(hub, ref, request):
 
 # %% ../../../nbs/7_kaggle/04b_access.ipynb #d5a91fa5
 def check_sources(hub, sources):
-    "`UserError` with a line for each of the `sources` that Kaggle would leave out of a kernel."
+    "`Refused`, which names each of the `sources` that Kaggle would leave out of a kernel."
     tries = [lambda m=model: try_model(hub, m) for model in sources.models]
     tries += [lambda c=slug: _try_rules(hub, c) for slug in sources.competitions]
     tries += [lambda d=ref: _try_dataset(hub, d) for ref in sources.datasets if ref.split('/')[0] == hub.user]

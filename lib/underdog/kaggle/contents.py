@@ -30,7 +30,7 @@ def _is_shipped(name):
 def manifest(folder, **more):
     "{hash, files: {name: [bytes, hash]}} of a folder, and what else is given."
     files = {f.relative_to(folder).as_posix(): [f.stat().st_size, file_hash(f)] for f in files_of(folder)}
-    if not files: raise UserError(f'{folder}: no files to ship')
+    if not files: raise UserError(f'{folder}: no files to ship; hidden ones stay at home')
     return {
         **more,
         'hash': fingerprint(files),

@@ -198,7 +198,8 @@ def run_relay(hub, name, kernel='train', given=None, settings=PushConfig(), hour
     path = find_kernel(kernel)
     sessions = _relay_sessions(hub, name)
     given = mounted_inputs(check_parameters(path, given or {}))
-    if hours > TRAINING_HOURS: say(f'{hours:g} hours: Kaggle ends a session after {KAGGLE_HOURS:g}; {TRAINING_HOURS:g}')
+    if hours > TRAINING_HOURS:
+        say(f'{hours:g} hours: Kaggle ends a session after {KAGGLE_HOURS:g}; {TRAINING_HOURS:g} are taken')
     hours = min(hours, TRAINING_HOURS)
     if sessions: given = _same_parameters(sessions[0], given, path)
     relay = _Relay(hub, name, path, given, settings=settings, hours=hours, say=say)

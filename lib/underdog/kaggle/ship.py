@@ -39,6 +39,7 @@ def _copy(source, target):
 
 # %% ../../../nbs/7_kaggle/02_ship.ipynb #2fb7f472
 class DatasetVersion(NamedTuple):
+    "A version of a dataset, as Kaggle tells of it."
     number: int    # of the newest version; 0: there is no such dataset
     status: str    # such as ready, blobs_received, failed; '': there is no such dataset
 

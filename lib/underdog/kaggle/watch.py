@@ -29,7 +29,7 @@ def follow_log(hub, ref, failures=5):
         except OSError as e:   # requests' errors are OSErrors
             cut += 1
             if cut > failures:
-                message = f'log of {ref}: the connection is cut again and again ({type(e).__name__})'
+                message = f'log of {ref}: the connection is cut again and again ({type(e).__name__}); try again later'
                 raise Refused(message, 'busy') from None
             time.sleep(hub.first_pause_s*2**cut)
 

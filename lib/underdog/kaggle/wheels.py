@@ -166,7 +166,8 @@ def build_wheels(out, requirements=None, image=None):
 
 def _check_fits(wheel, requirement):
     if parse_wheel_filename(wheel.name)[1] in requirement.specifier: return
-    raise UserError(f'{requirement}: {wheel.name} was taken for another package; the two do not go together')
+    raise UserError(f'{requirement}: {wheel.name} was taken for another package; the two do not go together; '
+                    'ask for a version that both take')
 
 # %% ../../../nbs/7_kaggle/03_wheels.ipynb #d4fd97fc
 _TRIAL = """

@@ -113,8 +113,8 @@ def measure_kept(model, once, twice, longer):
 # %% ../../../nbs/3_model/09_memory.ipynb #1a30734f
 MESSAGE = 2**26   # gradients that are summed over the processes in one message
 
-def workspace(model):
-    "(bytes whatever the batch, bytes a token) that a step of `model` needs beside what it keeps."
+def workspace(model, copies=0):
+    "(bytes whatever the batch, bytes a token) a step of `model` needs beside what it keeps; `copies`: of the trained."
     size = torch.finfo(model.dtype).bits//8
     # a trained parameter: 4 bytes of gradient, 8 of Adam's moments, 4 of the buffer in which gradients are summed
     sizes = [p.numel() for p in model.parameters() if p.requires_grad]
@@ -124,7 +124,7 @@ def workspace(model):
                 if isinstance(m, nn.Linear) and not m.weight.is_floating_point()]
     # two of an MLP's temporaries live at a time
     mlp = 2*size*without_lora(model.backbone).config.intermediate_size
-    return 12*trained + 4*message + size*max(unpacked, default=0), mlp
+    return (12 + 4*copies)*trained + 4*message + size*max(unpacked, default=0), mlp
 
 # %% ../../../nbs/3_model/09_memory.ipynb #b9a874fb
 _TEXTS = ('CUBLAS_STATUS_ALLOC_FAILED', 'CUDA error: out of memory')

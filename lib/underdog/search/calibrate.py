@@ -20,6 +20,7 @@ from ..runfolder import RunFolder
 from ..text.prompt import PromptConfig
 from ..text.heads import orders_of
 from ..model.predict import predict_logits
+from ..training.awp import plan_tokens
 from ..training.loop import rehearse
 from ..training.prepare import describe, prepare
 from ..training.settings import TrainConfig
@@ -71,7 +72,7 @@ def _measure(run, steps=8, seconds=math.inf):
     training, _ = start(run, cfg, accelerator)
     rehearse(training)   # the longest batch: memory, and everything is warm
     # some steps of all sizes, in random order, as time may end them
-    tokens = np.array([training.data.source.lengths[rows].sum() for rows in training.plan], float)
+    tokens = plan_tokens(training)
     timed = np.random.default_rng(cfg.seed).permutation(_spread(tokens, steps))
     figures = _timed_steps(training, timed, seconds)
     timed = timed[:len(figures)]

@@ -143,7 +143,8 @@ def measure_ceiling(what, log_file, processes=1, limit_s=120.):
         file, session = Path(folder)/'figures.json', SessionConfig(processes=processes)
         end = time.monotonic() + limit_s
         code, tail = launch('underdog.search.ceilings', [what, file], log_file, session, end=end)
-        if code and time.monotonic() > end: raise UserError(f'{what}: not done within {limit_s:g} s')
+        if code and time.monotonic() > end:
+            raise UserError(f'{what}: not done within {limit_s:g} s; {log_file} says how far it came')
         raise_failed(what, code, tail)
         return read_json(file)
 

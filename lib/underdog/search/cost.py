@@ -155,6 +155,7 @@ def memory(setup, batch_tokens, recomputed, longest, size=2):
     # beside the weights: adapters, or while a pass lasts copies of the matrices in the precision of compute
     linear = shape.linear*trained/shape.layers
     own = dict(copies=size*linear if size < 4 else 0.) if recipe.own else dict(adapters=4.*setup.trained_weights)
+    if recipe.awp: own['awp'] = 4.*setup.trained_weights
     return dict(
         weights=layers,
         embedding=embedding,
@@ -187,7 +188,8 @@ def update_hours(setup, rows):
     # around the ring; Adam reads weight, gradient and two moments, and writes all but the gradient
     summing = 2*(acc.cards - 1)/acc.cards*4*weights/_BUS
     adam = 28*weights/(.8*acc.bandwidth_gbs*1e9)
-    return rows/setup.recipe.batch_rows*(summing + adam)/3600
+    # with AWP a gradient more, and about as much reading and writing as Adam's for the way there and back
+    return rows/setup.recipe.batch_rows*(1 + setup.recipe.awp)*(summing + adam)/3600
 
 def train_hours(setup, work, batch_tokens, recomputed):
     """Hours of a training with its evaluations, of `batch_tokens` at a time with `recomputed` layers computed twice.
@@ -196,9 +198,10 @@ def train_hours(setup, work, batch_tokens, recomputed):
     shape, recipe = setup.shape, setup.recipe
     # steps
     share = recipe.epochs*(1 - recipe.held_out)
-    operations = share*train_operations(shape, work, recipe, recomputed)
+    computed = share*(1 + recipe.awp)
+    operations = computed*train_operations(shape, work, recipe, recomputed)
     passes = 1 + (setup.trained + recomputed)/shape.layers
-    training = hours(setup, operations, share*work.tokens, passes, batch_tokens=batch_tokens)
+    training = hours(setup, operations, computed*work.tokens, passes, batch_tokens=batch_tokens)
     training += update_hours(setup, share*work.rows)
     # evaluations keep nothing for a backward pass, so their batches are twice as large
     seen = recipe.evaluated(work.rows)

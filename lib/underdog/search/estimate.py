@@ -63,6 +63,7 @@ def remedies(setup, work):
         recipe.upper(shape.layers//2),
         dict(rank=max(1, recipe.rank//4)),
         dict(batch_tokens=512),
+        dict(awp=0.),
     ]
     texts = []
     for change in changes:
@@ -125,6 +126,7 @@ _FORMULAS = dict(
     weights='parameters of the linear layers x bytes (nf4 .516, int8 1.01, else 2)',
     embedding='vocabulary x width x 2; 0: stays on the host',
     adapters='rank x (inputs + outputs) of all linear layers x 4',
+    awp='a copy of what is trained x 4, while gradients are computed elsewhere',
     gradients='adapters',
     optimizer='2 x adapters (Adam)',
     activations='{tokens:,} tokens (a batch, or the longest row) x bytes kept a layer x layers not computed twice',
@@ -165,6 +167,7 @@ def _training_lines(setup, work, fit, budget):
     real = f'operations / ({rate} x {setup.efficiency:g}) + unpacking of nf4, with evaluations'
     steps = ' + steps' if recipe.own else ''   # themselves: gradients summed, weights updated
     if steps: real = f'operations / ({rate} x {setup.efficiency:g}){steps}, with evaluations'
+    if recipe.awp: real += f'; {recipe.awp:.0%} of the steps twice (AWP)'
     if recipe.models > 1: real = f'{recipe.models} folds, one after another: {real}'
     checkpoint = 12*setup.trained_weights
     rows = f'{work.rows:,} rows cut to {recipe.max_length} a sequence, head {recipe.head}'

@@ -40,7 +40,8 @@ def vertex(lr, losses):
 def check_valley(n, valley):
     "`UserError` where the best learning rate of the `Valley` at the size `n` says nothing."
     lr, losses, se = valley
-    if not np.isfinite(losses).all(): raise UserError(f'size {n:,}: a loss that is not finite')
+    if not np.isfinite(losses).all():
+        raise UserError(f'size {n:,}: a loss that is not finite; leave that run out')
     if len(lr) < 3:
         raise UserError(f'size {n:,}: {len(lr)} learning rate(s); three at least are needed to see where the best one '
                         'lies')

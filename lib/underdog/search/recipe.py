@@ -28,6 +28,7 @@ class Recipe:
     lora_layers: int = 0                           # upper layers that the backward pass reaches; 0: all
     quantization: str = ModelConfig.quantization
     batch_rows: int = TrainConfig.batch_rows       # of an optimizer step
+    awp: float = 0.                                # share of the steps that compute their rows twice (training.awp)
     orders: int = 1                                # in training: 2 shows a joint head both orders
     tta: bool = InferConfig.tta                    # all orders in inference
     held_out: float = 1/TrainConfig.n_folds        # of the rows
@@ -46,14 +47,14 @@ class Recipe:
         if self.tuning == 'full' and self.lora_layers:
             raise UserError(f'lora_layers={self.lora_layers}, tuning=full: set tuning=layers to train some layers')
         sensible = self.max_length >= 64 and min(self.rank, self.models) >= 1 and self.epochs > 0
-        sensible &= 0 <= self.held_out < 1
+        sensible &= 0 <= self.held_out < 1 and 0 <= self.awp <= 1
         # beyond these no number of a plan means anything
         most = dict(max_length=10**6, rank=10**5, epochs=10**4, models=1000)
         large = [f'{name}={getattr(self, name):g}' for name, top in most.items() if getattr(self, name) > top]
         if large: raise UserError(f"{', '.join(large)}: at most {', '.join(f'{k}={v:,}' for k, v in most.items())}")
         if not sensible:
             raise UserError('max_length at least 64, rank and models at least 1, epochs above 0, '
-                            'held_out from 0 to below 1 wanted')
+                            'held_out from 0 to below 1, awp from 0 to 1 wanted')
 
     @property
     def own(self):
@@ -81,11 +82,17 @@ class Recipe:
             lora_layers=_reached_layers(model.lora_layers, layers),
             quantization=model.quantization,
             batch_rows=cfg.batch_rows,
+            awp=1 - cfg.awp_start if cfg.awp_lr else 0.,
             orders=len(HEADS[model.head].orders) if both else 1,
             held_out=1/cfg.n_folds if holds_out else 0.,
             models=cfg.n_folds if cfg.fold == 'all' else 1,
             evaluations=cfg.evaluations,
             eval_rows=cfg.eval_rows)
+
+    @property
+    def awp_settings(self):
+        "The settings of a training whose share of steps with AWP is `awp`, where there are such."
+        return dict(awp_lr=1., awp_start=round(1 - self.awp, 6)) if self.awp else {}
 
     def over(self, folds):
         "The same for `folds` models, each with another fold held out; for 1 the recipe as it is."

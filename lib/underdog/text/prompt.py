@@ -52,7 +52,7 @@ def _turn_texts(prompt, a, b):
 
 def _texts(cell):
     "A cell as a list of texts, one per turn."
-    if isinstance(cell, str) or cell is None: cell = [cell]
+    if isinstance(cell, (str, float)) or cell is None: cell = [cell]   # pandas reads nothing as NaN
     return [text if isinstance(text, str) else '' for text in cell]
 
 class Prompter:

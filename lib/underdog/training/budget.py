@@ -215,7 +215,7 @@ def plan_memory(model, source, rows, cfg, free=None):
     plan.room = cfg.activation_gb*1e9
     if not cfg.activation_gb:
         device = next(model.head.parameters()).device
-        always, beside = workspace(model)
+        always, beside = workspace(model, copies=int(cfg.awp_lr > 0))
         if free is None: free = free_bytes(device, int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
         plan.needs, plan.room = replace(plan.needs, beside=beside), _COUNTED*free - always
     share = max(1, cfg.batch_rows//int(os.environ.get('WORLD_SIZE', 1)))

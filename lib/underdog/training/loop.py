@@ -45,8 +45,9 @@ def rehearse(training):
     if len(t.data.held):
         held = _longest(source, t.data.held, budget*t.world, orders)
         predict_logits(t.model, source, held, orders, budget=budget, accelerator=t.accelerator, what='rehearse')
-    # a step again: with 4 bits on some CPUs an evaluation cuts the adapters off
-    figures = t.make_step(2, rows)
+    # a step again: with 4 bits on some CPUs an evaluation cuts the adapters off; as the last one,
+    # which computes all that a step ever will
+    figures = t.make_step(len(t.plan), rows)
     if figures['adapter_norm'] == 0:
         raise Unhealthy('after an evaluation the adapters get no gradient: with 4 bits on a CPU the evaluation may '
                         'have repacked the weights (update underdog); else check targets and lora_layers')

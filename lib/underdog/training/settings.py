@@ -16,8 +16,8 @@ from .rates import usual_lr
 _CHOICES = dict(orders=('random', 'both', 'given'), start=('floors', 'none'), shrink=('earned', 'none'))
 _CHECKPOINTING = ('auto', 'all', 'none')   # or a number of layers
 _ABOVE_0 = ('epochs', 'batch_rows', 'batch_tokens', 'head_lr', 'max_grad_norm', 'log_every', 'evaluations')
-_RATES = dict(lr=2e-4, head_lr=2e-3)
-_NOT_NEGATIVE = ('activation_gb', 'probe_rows', 'eval_rows', 'seed', 'weight_decay', 'lr')
+_RATES = dict(lr=2e-4, head_lr=2e-3, awp_lr=1.)
+_NOT_NEGATIVE = ('activation_gb', 'probe_rows', 'eval_rows', 'seed', 'weight_decay', 'lr', 'awp_lr')
 
 @dataclass(frozen=True)
 class TrainConfig(Settings):
@@ -36,6 +36,9 @@ class TrainConfig(Settings):
     max_grad_norm: float = 1.0   # gradients are clipped to this norm
     orders: str = 'random'       # joint head: 'random' order per row, 'both' in one step, or 'given'; others need none
     smoothing: float = 0.        # share of every label that goes to all classes alike
+    awp_lr: float = 0.           # adversarial weight perturbation, how far it goes to worse weights; 0: none, 1: usual
+    awp_eps: float = .01         # at most this share of a weight is added to it there
+    awp_start: float = .5        # share of the steps that are made without it; later ones compute everything twice
     start: str = 'floors'        # 'floors': the best baseline's log-probabilities are added to the logits; 'none'
     shrink: str = 'earned'       # from 'floors', the head says what it earned on rows not yet learned from; 'none': all
     probe_rows: int = 2000       # training rows, at most, from which a fresh head gets its first values; 0: none
@@ -70,6 +73,10 @@ class TrainConfig(Settings):
             raise UserError(f'layer_decay={self.layer_decay}: above 0 up to 1; .9 is usual, 1 is none')
         if not 0 <= self.smoothing < 1:
             raise UserError(f'smoothing={self.smoothing}: a share of the label, from 0 to below 1; .03 is usual')
+        if not 0 < self.awp_eps <= 1:
+            raise UserError(f'awp_eps={self.awp_eps}: a share of each weight, above 0 up to 1; .01 is usual')
+        if not 0 <= self.awp_start < 1:
+            raise UserError(f'awp_start={self.awp_start}: a share of the steps, from 0 to below 1; awp_lr=0 is none')
         if not 0 <= self.warmup < 1:
             raise UserError(f'warmup={self.warmup}: a share of the steps, from 0 to below 1')
         if not 0 < self.share <= 1:

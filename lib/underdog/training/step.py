@@ -9,6 +9,7 @@ __all__ = ['FitData', 'Progress', 'Training']
 import math, time
 from collections import deque
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -19,8 +20,9 @@ from ..model.memory import out_of_memory, release_memory
 from ..text.heads import orders_of
 from ..text.bins import rank_share
 from ..text.source import RowSource, present
+from .awp import at_worse_weights, passes
 from .budget import MemoryPlan
-from .objective import make_optimizer, row_losses, smooth, sum_gradients
+from .objective import gradient_norm, make_optimizer, row_losses, smooth, sum_gradients
 from .schedule import evaluation_steps, lr_factor, row_order, split_steps
 from .unseen import Unseen
 
@@ -78,7 +80,7 @@ class Training:
         self.clipped = [p for g in self.optimizer.param_groups if g['what'] != 'ties' for p in g['params']]
         self.memory = memory or MemoryPlan(model, cfg.batch_tokens)
         self.at = Progress(budget=self.memory.budget)
-        # seconds: of each of the last steps, and of a token in an evaluation
+        # seconds: of a pass of each of the last steps, and of a token in an evaluation
         self.recent = deque(maxlen=10)
         self.evaluation_pace = 0.0
 
@@ -94,21 +96,17 @@ class Training:
         if not math.isnan(figures['loss']):
             at.loss = figures['loss'] if at.loss is None else .9*at.loss + .1*figures['loss']
         at.evaluated = at.step not in self.evaluations
-        self.recent.append(figures['seconds'])
+        self.recent.append(figures['seconds']/self.passes(at.step))
         return figures
 
     def make_step(self, number, rows):
         "The figures of an optimizer step on `rows`, as step `number` of the plan (from 1), without counting it."
         began = time.monotonic()
         shown = self._begin_step(number, rows)
-        # forward and backward over this process's share of the rows
-        computing = time.monotonic()
-        computed = self._backward_in_memory(self._share(shown, rows), weight=1/len(shown))
-        busy = time.monotonic() - computing
-        # the figures of all processes together, so that all do the same with them
-        figures = self._sum_figures(computed, busy, len(rows))
-        # one gradient for all processes, and the update
-        if self.world > 1: sum_gradients(self.params, self.accelerator)
+        # the gradients, perhaps those at worse weights, and the update
+        compute = partial(self._gradients, self._share(shown, rows), 1/len(shown), len(rows))
+        figures = compute()
+        if self.passes(number) > 1: figures = at_worse_weights(self, compute, figures)
         figures |= self._update(nothing=figures['not_finite'] == len(rows))
         prior_loss = float(-(self.labels[rows]*self.log_prior).sum(1).mean())
         return figures | dict(prior_loss=prior_loss, rows=len(rows), seconds=time.monotonic() - began)
@@ -127,6 +125,18 @@ class Training:
         "The presentations `shown` of this process's share of `rows`."
         own = set(rank_share(rows, self.data.source.lengths, self.accelerator.process_index, self.world))
         return [(row, swapped) for row, swapped in shown if row in own]
+
+    def passes(self, number):
+        "How often step `number` (from 1) computes its rows."
+        return passes(self.cfg, number, len(self.plan))
+
+    def _gradients(self, share, weight, rows):
+        "Compute this process's `share` of so many `rows`: one gradient and the figures of all processes."
+        began = time.monotonic()
+        computed = self._backward_in_memory(share, weight)
+        figures = self._sum_figures(computed, time.monotonic() - began, rows)
+        if self.world > 1: sum_gradients(self.params, self.accelerator)
+        return figures
 
     def backward(self, shown, weight):
         """Forward and backward over the presentations `shown` in micro-batches, as `_Computed`.
@@ -187,17 +197,11 @@ class Training:
         norm = float(self.accelerator.clip_grad_norm_(self.clipped, limit))
         # clipping has scaled each gradient by limit/norm where that is below 1: undone in the norms
         scale = max(1., norm/limit)
-        norms = {f'{what}_norm': scale*self._norm(what) for what in ('adapter', 'head')}
+        norms = {f'{what}_norm': scale*gradient_norm(self.optimizer, what) for what in ('adapter', 'head')}
         # with a loss scale the optimizer itself leaves such a step out, and the scale adapts
         if math.isfinite(norm) or self.accelerator.scaler is not None: self.optimizer.step()
         self.optimizer.zero_grad()
         return dict(skipped=not math.isfinite(norm), grad_norm=norm, **norms)
-
-    def _norm(self, what):
-        "Norm of the gradients of the groups called `what`; NaN where there are none (rank 0 has no adapters)."
-        grads = [p.grad for g in self.optimizer.param_groups if g['what'] == what for p in g['params']]
-        if not grads: return math.nan
-        return float(torch.nn.utils.get_total_norm([g for g in grads if g is not None]))
 
     def _sum_figures(self, computed, busy, rows):
         """What all processes have `computed` of the `rows` (their number) of a step, and the seconds that each took.
@@ -242,7 +246,7 @@ class Training:
     def next_s(self):
         "Estimate of the most seconds that the next step, or the evaluation that is due, will take."
         if not self.at.evaluated: return self.evaluation_pace*self.evaluation_tokens(self.at.step)
-        return 1.5*max(self.recent, default=0.)
+        return 1.5*max(self.recent, default=0.)*self.passes(self.at.step + 1)
 
     # ---- what a checkpoint keeps
     def trained(self):

@@ -24,6 +24,7 @@ from ..text.tokens import load_tokens
 from ..text.source import RowSource
 from ..model.model import load_model
 from ..model.settings import ModelConfig
+from .awp import plan_tokens
 from .budget import plan_memory
 from .loop import fit, rehearse
 from .prepare import differences
@@ -186,7 +187,7 @@ def _outlook(training, speed, clock):
     if not left: return 'every step is done, the evaluation is not'
     # steps and evaluations at the speed of the rehearsal
     evaluated = sum(t.evaluation_tokens(step) for step in t.evaluations if step > t.at.step)
-    seconds = sum(t.data.source.lengths[rows].sum() for rows in left)/speed + t.evaluation_pace*evaluated
+    seconds = plan_tokens(t)[t.at.step:].sum()/speed + t.evaluation_pace*evaluated
     line = f'{len(left)} steps to go at {speed:,.0f} tokens/s: about {duration(seconds)} with evaluations'
     # the time limit, if there is one
     if clock.left == math.inf: return line
