@@ -21,6 +21,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 ENV = dict(PYTHONPATH=f'{ROOT}/tests/offline:{ROOT}/lib', OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1',
            TOKENIZERS_PARALLELISM='false')
+BAR = re.compile(r'\r|\x1b|^[\w ]+:\s+\d+%\|')   # of progress, which is drawn over itself
 SAME = 2.   # of 255: by how much two pictures differ in the mean that look alike
 
 
@@ -47,7 +48,7 @@ def readable(outputs):
     for output in outputs:
         output.pop('execution_count', None)
         if output.output_type == 'stream':
-            lines = [line for line in output.text.splitlines(True) if '\r' not in line and '\x1b' not in line]
+            lines = [line for line in re.findall(r'[^\n]*\n|[^\n]+', output.text) if not BAR.search(line)]
             if output.name == 'stderr' or not ''.join(lines).strip(): continue
             if printed is None: kept.append(printed := nbformat.v4.new_output('stream', name='stdout', text=''))
             printed.text += ''.join(lines)
