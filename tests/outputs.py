@@ -84,17 +84,20 @@ def of_this_machine(outputs):
 
 def main():
     os.environ.update(ENV)
-    write, differ = '--write' in sys.argv, 0
+    write, differ = '--write' in sys.argv, []
     for path in [Path(a).resolve() for a in sys.argv[1:] if not a.startswith('--')]:
         fresh, notebook = run(path), nbformat.read(path, 4)
-        for i, cell in enumerate(notebook.cells):
-            shown = fresh.get(cell.id)
-            if shown is None or alike(cell.outputs, shown) or of_this_machine(shown): continue
-            differ += 1
+        shown = {i: fresh[cell.id] for i, cell in enumerate(notebook.cells) if cell.id in fresh}
+        others = [i for i, outputs in shown.items()
+                  if not alike(notebook.cells[i].outputs, outputs) and not of_this_machine(outputs)]
+        for i in others:
+            cell = notebook.cells[i]
             print(f'{path.relative_to(ROOT)} cell {i}\n  kept: {text_of(cell.outputs)[:300]}\n'
-                  f'  now:  {text_of(shown)[:300]}', flush=True)
-            cell.outputs = shown
-        if write: path.write_text(nbformat.writes(notebook, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+                  f'  now:  {text_of(shown[i])[:300]}', flush=True)
+            cell.outputs = shown[i]
+        if write and others:
+            path.write_text(nbformat.writes(notebook, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+        differ += others
     sys.exit(bool(differ) and not write)
 
 
