@@ -115,6 +115,7 @@ HEADER = 'id,winner_model_a,winner_model_b,winner_tie\n'
     (HEADER + '0,4294967295,.3,.3,.4\n1,7,.3,.3,.4\n2,8,.3,.3,.4\n', 'row 1 .id 0. has 5 fields, the header has 4'),
     (HEADER + '4294967295,.3,.3,.4,\n7,.3,.3,.4,\n8,.3,.3,.4,\n', 'row 1 .* has 5 fields'),
     (HEADER.replace(',', ';') + '7;.3;.3;.4\n', 'commas are wanted'),
+    (HEADER + '4294967295,.3,.3,.4\n7,.3,.3,.4\n8,.3,.3,".4\n', 'a quote is open at its end'),
     (HEADER + '4294967295,.3,.3,.4\n7,.3,.3,.4\n8,.3,x,.4\n', 'row 3'),
     (HEADER + '7,.3,.3,.4\n8,.3,.3,.4\n4294967295,.3,.3,.4\n', 'order')])
 def test_check_submission_names_the_defect(sample, tmp_path, text, message):
@@ -123,7 +124,7 @@ def test_check_submission_names_the_defect(sample, tmp_path, text, message):
     with pytest.raises(UserError, match='a parquet file'): check_submission(sample.rename(tmp_path/'s.parquet'), LMSYS)
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 90), st.sampled_from('\n,";\t x.01'))
 def test_what_passes_the_check_is_read_so_by_others(tmp_path, at, character):
     "Kaggle reads it with pandas, which takes a field too many in every row for the numbers of the rows."

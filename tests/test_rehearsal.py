@@ -15,8 +15,9 @@ SHOWN = re.findall(r'```sh\n(.*?)```', GUIDE, re.S)
 
 
 def test_make_opens_the_shell():
-    dry = lambda *args: subprocess.run(['make', '-n', 'rehearse', *args], cwd=ROOT, capture_output=True,
-                                       text=True).stdout
+    def dry(*args):
+        command = ['make', '-n', '--no-print-directory', 'rehearse', *args]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
     assert SHOWN[0] == 'make rehearse\n'
     assert dry().splitlines()[-1].strip() == '.venv/bin/python tests/rehearse.py'
     assert 'tests/rehearse.py --wrong rules --wrong licence' in dry('WRONG=rules licence')

@@ -27,6 +27,9 @@ def _submission_cells(file, comp):
     # a blank in a name, which does not matter elsewhere, makes it another column for Kaggle
     with open(file, encoding='utf-8-sig', errors='replace', newline='') as f:
         header = next(fields for fields in csv.reader(f) if fields)
+        f.seek(0)
+        # csv closes at the end of the file what pandas refuses to read
+        if sum(line.count('"') for line in f) % 2: raise UserError(f'{file}: a quote is open at its end; {_AGAIN}')
     if header != list(comp.submission_columns):
         names, wanted = printable(', '.join(header), 200), ', '.join(comp.submission_columns)
         raise UserError(f'{file}: columns {names}; {wanted} are wanted for {comp.name}')
