@@ -11,9 +11,9 @@ from. Differences are of log loss on the same held-out rows, below 0 is better; 
 prompts. With --what training, LoRA is trained from such a probe (the head alone with --rank 0), twice: with the weights
 of ties trained as all else is, and left where the probe has put them; with --what lora, as a training begins, with one
 tie for all rows, and from the row that a probe on all rows of --reward has found, as from a reward model's, with a
-scale and a tie of at most 400 rows; with --what drawn, the head alone on 40,000
-rows whose states are drawn as those of a file, and whose means say a little of which rows tie. With --what words, a
-joint head says what the language model's own words are worth on the rows. The last line of output is JSON.
+scale and a tie of at most 400 rows; with --what drawn, the head alone on 40,000 rows whose states are drawn as those of
+a file, and whose means say a little of which rows tie. With --what words, a joint head says what the language model's
+own words are worth on the rows. The last line of output is JSON.
 """
 import argparse
 import os
@@ -269,7 +269,7 @@ def main():
     parser.add_argument('--seeds', type=int, default=5)
     parser.add_argument('--folds', type=int, default=2, help='held out in turn, of five')
     parser.add_argument('--start', nargs='*', default=['none', 'floors'], choices=['none', 'floors'])
-    parser.add_argument('--what', nargs='*', default=['probes'], 
+    parser.add_argument('--what', nargs='*', default=['probes'],
                         choices=['probes', 'training', 'lora', 'drawn', 'words'])
     parser.add_argument('--reward', type=Path, help='rows of other preferences, of which a reward row is learned')
     parser.add_argument('--learn', type=int, default=10**6, help='rows of --what lora to learn from, at most')

@@ -1,6 +1,9 @@
 """Tiny models and tokenizers, made here: what tests and notebooks train in seconds, without a hub.
 
 Sizes are multiples of 64, which the 4-bit kernels of a CPU want."""
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -122,3 +125,13 @@ def small_run(world, out, family='llama', head='pair', quantization='none', dtyp
     cfg = TrainConfig(**dict(n_folds=3, lr=1e-2, head_lr=1e-2, batch_rows=8, shrink='none') | changes)
     session = SessionConfig(**dict(processes=1) | (session or {}))
     return train(world/'train.csv', model, out, PromptConfig(max_length=128, min_keep=4), cfg=cfg, session=session)
+
+
+def by_two_processes(code, world, folder):
+    "What a script gives that two processes run: it gets the paths of the tests, of `world` and of the JSON to write."
+    script, out = folder/'two.py', folder/'out.json'
+    script.write_text(code)
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', script]
+    done = subprocess.run([*command, Path(__file__).parent, world, out], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(out.read_text())

@@ -1,9 +1,6 @@
 "Adversarial weight perturbation: there and back to the last bit, the formula, resume, bad numbers, processes, plans."
 import copy
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,15 +9,15 @@ import test_resume
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from fixtures import by_two_processes
 from test_bad_rows import spoil
-from test_resume import Losses, StopAt, same_moments
+from test_resume import Losses, check_resume
 
-from underdog.core import UserError, read_json
+from underdog.core import UserError
 from underdog.model.memory import workspace
 from underdog.model.settings import ModelConfig
 from underdog.training.awp import passes, perturbed, plan_tokens
 from underdog.training.budget import plan_memory
-from underdog.training.checkpoint import Checkpoints
 from underdog.training.loop import fit, rehearse
 from underdog.training.settings import TrainConfig
 from underdog.training.worker import LOSS_SCALE, _outlook
@@ -236,18 +233,7 @@ KINDS = {
 
 @pytest.mark.parametrize('begin, options', KINDS.values(), ids=KINDS)
 def test_resume_is_bit_equal(world, tmp_path, begin, options):
-    begin, recorder = begin(world, **options), Losses()
-    whole, losses = begin(), recorder.losses
-    fit(whole, recorder)
-    for stop in range(1, len(whole.plan)):
-        first, kept = begin(), Checkpoints(tmp_path/str(stop))
-        recorder = Losses(lambda: kept.save(first.at.step, first.state()))
-        assert fit(first, recorder, StopAt(first, stop)) == 'enough'
-        second = begin()
-        rehearse(second)
-        second.load(kept.load())
-        assert fit(second, recorder) == '' and recorder.losses == losses
-        assert equal(weights_of(whole), weights_of(second)) and same_moments(whole.optimizer, second.optimizer)
+    check_resume(begin(world, **options), tmp_path)
 
 
 def test_a_run_of_a_build_without_it_is_still_the_same_run():
@@ -280,12 +266,7 @@ if accelerator.is_main_process: Path(sys.argv[3]).write_text(json.dumps(dict(los
 
 
 def test_two_processes_move_to_the_same_place(world, tmp_path):
-    script, out = tmp_path/'two.py', tmp_path/'out.json'
-    script.write_text(TWO)
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', script]
-    done = subprocess.run([*command, Path(__file__).parent, world, out], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    out = read_json(out)
+    out = by_two_processes(TWO, world, tmp_path)
     assert out['both'][0] == out['both'][1]
     # and it is the run of one process
     one = full(world, family='llama', awp_start=.5)()

@@ -1,19 +1,17 @@
 "A row that fp16 does not hold costs that row: not its batch, not the loss scale, not the evaluation, not the run."
 import errno
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fixtures import make_base, small_run
+from fixtures import by_two_processes, make_base, small_run
 from safetensors.torch import load_file, save_file
 from test_resume import Watched, beginner
 
-from underdog.core import UserError, read_json
+from underdog.core import UserError
 from underdog.session import Session
 from underdog.runfolder import RunFolder, columns
 from underdog.data.competition import LMSYS
@@ -288,12 +286,7 @@ if rank == 0: Path(sys.argv[3]).write_text(json.dumps(out))
 
 
 def test_two_processes_agree_on_the_probe_and_on_what_is_left_out(world, tmp_path):
-    script, out = tmp_path/'two.py', tmp_path/'out.json'
-    script.write_text(TWO)
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', script]
-    done = subprocess.run([*command, Path(__file__).parent, world, out], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    out = read_json(out)
+    out = by_two_processes(TWO, world, tmp_path)
     assert out['probe'][0] == out['probe'][1]
     # one process has nothing to add: the step is made with the rows of the other, and both make it
     assert 0 < out['one']['lost'] < 8 and not out['one']['skipped']

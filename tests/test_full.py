@@ -8,7 +8,7 @@ import torch
 from fixtures import predictions
 from test_model import config, logits_of, make_batch
 from test_packing import both_ways, equal_both_ways
-from test_resume import Losses, StopAt, same_moments
+from test_resume import check_resume
 
 from underdog.core import UserError
 from underdog.machine import cache_folder
@@ -27,7 +27,7 @@ from underdog.model.settings import ModelConfig
 from underdog.training import objective
 from underdog.training.budget import plan_memory
 from underdog.training.checkpoint import Checkpoints
-from underdog.training.loop import fit, rehearse
+from underdog.training.loop import rehearse
 from underdog.training.objective import row_losses, smooth
 from underdog.training.prepare import differences
 from underdog.training.run import train
@@ -144,20 +144,7 @@ KINDS = {
 
 @pytest.mark.parametrize('options', KINDS.values(), ids=KINDS)
 def test_resume_is_bit_equal(world, tmp_path, options):
-    begin, recorder = beginner(world, **options), Losses()
-    whole, losses = begin(), recorder.losses
-    fit(whole, recorder)
-    assert len(losses) == len(whole.plan) == 4
-    for stop in (1, 3):
-        first, kept = begin(), Checkpoints(tmp_path/str(stop))
-        recorder = Losses(lambda: kept.save(first.at.step, first.state()))
-        assert fit(first, recorder, StopAt(first, stop)) == 'enough'
-        second = begin()
-        rehearse(second)
-        second.load(kept.load())
-        assert second.at.step == stop and fit(second, recorder) == '' and recorder.losses == losses
-        for name, p in whole.trained().items(): assert torch.equal(p, second.trained()[name]), (stop, name)
-        assert same_moments(whole.optimizer, second.optimizer)
+    check_resume(beginner(world, **options), tmp_path, stops=(1, 3))
 
 
 def test_a_rehearsal_leaves_no_trace(world):

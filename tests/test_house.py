@@ -158,6 +158,22 @@ def test_a_public_name_means_one_thing(file):
     assert not shared
 
 
+def bound_in(file):
+    "The names that a module's top level binds, those of imports aside."
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)): yield node.name
+        if not isinstance(node, ast.Assign): continue
+        for target in node.targets:
+            yield from (t.id for t in ast.walk(target) if isinstance(t, ast.Name) and isinstance(t.ctx, ast.Store))
+
+
+@pytest.mark.parametrize('file', WITH_CODE, ids=path_of)
+def test_a_module_binds_a_name_once(file):
+    "Of two branches that were merged one may have left an older value below the newer."
+    names = list(bound_in(file))
+    assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
 @pytest.mark.parametrize('room', sorted(f.parent.name for f in LIBRARY.glob('*/__init__.py')))
 def test_the_tree_for_who_carries_on_names_every_module(room):
     tree = re.search(r'```text\n(.*?)```', (ROOT/'CONTRIBUTING.md').read_text(), re.S)[1]

@@ -78,6 +78,29 @@ def same_moments(one, other):
     return all(torch.equal(a[key], b[key]) for a, b in pairs for key in a)
 
 
+def check_resume(begin, folder, stops=None):
+    "Stopped after each of the steps `stops` (all), a run that `begin` begins goes on as one that was not stopped."
+    # not stopped
+    whole, recorder = begin(), Losses()
+    losses = recorder.losses
+    fit(whole, recorder)
+    assert len(losses) == len(whole.plan) >= 4
+    for stop in stops or range(len(whole.plan)):
+        # stopped
+        first, kept = begin(), Checkpoints(folder/str(stop))
+        recorder = Losses(lambda: kept.save(first.at.step, first.state()))
+        assert fit(first, recorder, StopAt(first, stop)) == 'enough'
+        # gone on with; the rehearsal leaves no trace
+        second = begin()
+        rehearse(second)
+        second.load(kept.load())
+        assert second.at.step == stop and fit(second, recorder) == ''
+        # the same
+        assert recorder.losses == losses
+        for name, p in whole.trained().items(): assert torch.equal(p, second.trained()[name]), (stop, name)
+        assert same_moments(whole.optimizer, second.optimizer)
+
+
 KINDS = {
     'pair': dict(offset=True),
     'both orders': dict(head='joint', orders='both'),
@@ -90,25 +113,7 @@ KINDS = {
 def test_resume_is_bit_equal_at_every_step(world, tmp_path, options):
     """Stopped after any step and gone on with in a new model that knows only the checkpoint, a run has the losses,
     weights and moments of one that was not stopped: packed, accumulated, with dropout."""
-    begin, recorder = beginner(world, **options), Losses()
-    # not stopped
-    whole, losses = begin(), recorder.losses
-    fit(whole, recorder)
-    assert len(losses) == len(whole.plan) >= 4
-    for stop in range(len(whole.plan)):
-        # stopped
-        first, kept = begin(), Checkpoints(tmp_path/str(stop))
-        recorder = Losses(lambda: kept.save(first.at.step, first.state()))
-        assert fit(first, recorder, StopAt(first, stop)) == 'enough'
-        # gone on with; the rehearsal leaves no trace
-        second = begin()
-        rehearse(second)
-        second.load(kept.load())
-        assert second.at.step == stop and fit(second, recorder) == ''
-        # the same
-        assert recorder.losses == losses
-        for name, p in whole.trained().items(): assert torch.equal(p, second.trained()[name]), (stop, name)
-        assert same_moments(whole.optimizer, second.optimizer)
+    check_resume(beginner(world, **options), tmp_path)
 
 
 def test_a_rehearsal_leaves_no_trace_but_the_budget_and_finds_dead_adapters(world, monkeypatch):

@@ -273,7 +273,7 @@ class Training:
         # weights
         own, saved = self.trained(), state['weights']
         if {n: p.shape for n, p in own.items()} != {n: p.shape for n, p in saved.items()}:
-            raise UserError('the checkpoint is of another model: it trains other weights')
+            raise UserError('the checkpoint is of another model; give another out')
         for n, p in own.items(): p.data.copy_(saved[n])
         # Adam's moments, the loss scale
         self.optimizer.load_state_dict(dict(self.optimizer.state_dict(), state=state['optimizer']))
