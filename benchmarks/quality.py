@@ -30,6 +30,8 @@ from underdog.data.competition import get_competition   # noqa: E402
 from underdog.data.metrics import bootstrap_ci, log_loss, paired_ci   # noqa: E402
 from underdog.data.rows import read_rows   # noqa: E402
 from underdog.inference.blend import contained, cross_fit   # noqa: E402
+from underdog.model.settings import ModelConfig   # noqa: E402
+from underdog.training.settings import TrainConfig   # noqa: E402
 
 OURS, BLEND, START = 'underdog, model', 'underdog, blend', 'the baseline it starts from'
 STACK = "the student's stack (our baselines)"
@@ -66,10 +68,8 @@ def some_rows(file, out, n):
 # ---- the sides
 def ours(file, out, fold, settings):
     "The run of one fold, with its CPU seconds in `seconds.json`."
-    from underdog.model.settings import ModelConfig
     from underdog.text.prompt import PromptConfig
     from underdog.training.run import train
-    from underdog.training.settings import TrainConfig
     from underdog.console.demo import smollm2
     run, noted = RunFolder(out/f'ours-{fold}'), out/f'ours-{fold}'/'seconds.json'
     if noted.is_file(): return run
@@ -173,6 +173,11 @@ def show(name, figures, seconds):
     table(name, ('side', 'log loss', '95 %', 'behind the blend', '95 %', 'CPU s a fold'), rows)
 
 
+# what `--more` may hold: the rest is the same for all sides, and has its own option
+MORE = {f.name for config in (ModelConfig, TrainConfig) for f in fields(config)}
+MORE -= {'path', 'layers', 'share', 'epochs', 'n_folds', 'fold'}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--train', nargs='+', type=Path, required=True)
@@ -187,6 +192,8 @@ def main():
                         help='what else underdog trains with, as JSON: {"lr": 1e-3, "lora_layers": "8:"}')
     parser.add_argument('--without-peers', action='store_true', help='only what underdog does')
     args = parser.parse_args()
+    if not isinstance(args.more, dict) or set(args.more) - MORE:
+        parser.error(f'--more: a dict of these is wanted: {", ".join(sorted(MORE))}')
     settings = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)})
     files, results = [some_rows(file, args.out, args.rows) for file in args.train], {}
     # ours first: they set the budget

@@ -351,7 +351,7 @@ def test_the_recipe_is_that_of_the_training():
     recipe = Recipe.of_training(model, cfg=TrainConfig(awp_lr=1., awp_start=.7))
     assert recipe.awp == pytest.approx(.3) and recipe.awp_settings == dict(awp_lr=1., awp_start=.7)
     assert Recipe().awp_settings == {}
-    with pytest.raises(UserError, match='awp from 0 to 1'): Recipe(awp=1.5)
+    with pytest.raises(UserError, match='awp=1.5: a share from 0 to 1 is wanted'): Recipe(awp=1.5)
 
 
 @pytest.mark.parametrize('wrong, match', [

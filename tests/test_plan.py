@@ -215,7 +215,7 @@ def test_a_slice_of_layers_is_what_the_gradient_reaches(text, reached):
     (lambda: accelerator('H200'), 'did you mean'),
     (lambda: Recipe(head='pairs'), 'did you mean pair'),
     (lambda: Recipe(quantization='nf8'), 'nf4'),
-    (lambda: Recipe(max_length=32), 'max_length at least 64'),
+    (lambda: Recipe(max_length=32), 'max_length=32: at least 64 is wanted'),
     (lambda: Recipe.of_training(ModelConfig('base', lora_layers='8:')), 'number of layers'),
     (lambda: make_plan(model_shape('gemma-2-27b'), accelerator('2xT4')), 'it would with'),
     (lambda: make_plan(model_shape('mistral-7b'), accelerator('TPUv5e-8')), 'does not run on TPUs'),

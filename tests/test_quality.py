@@ -5,8 +5,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks import quality   # noqa: E402
 from benchmarks.quality import BLEND, OURS, STACK, START, figures_of, promises, some_rows, verdict   # noqa: E402
 from benchmarks.quality_peers import Classified   # noqa: E402
 
@@ -66,3 +68,11 @@ def test_the_first_rows_of_a_file_are_a_file(tmp_path):
     part = some_rows(tmp_path/'rows.csv', tmp_path/'out', 2)
     assert part.read_text() == 'id,text\n01,a\n2,\n'
     assert some_rows(tmp_path/'rows.csv', tmp_path/'out', 0) == tmp_path/'rows.csv'
+
+
+@pytest.mark.parametrize('more', ['{"lrr": 1}', '{"layers": 3}', '[1]', '{bad'])
+def test_settings_that_would_be_for_one_side_or_for_none_are_refused(more, monkeypatch, capsys):
+    "A mistyped name would be left out, and other layers than those of the peers are another contest."
+    monkeypatch.setattr(sys, 'argv', ['quality', '--train', 'x.csv', '--more', more])
+    with pytest.raises(SystemExit): quality.main()
+    assert '--more' in capsys.readouterr().err

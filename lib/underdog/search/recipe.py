@@ -46,15 +46,20 @@ class Recipe:
         if self.own: ModelConfig('', quantization=self.quantization, tuning=self.tuning)
         if self.tuning == 'full' and self.lora_layers:
             raise UserError(f'lora_layers={self.lora_layers}, tuning=full: set tuning=layers to train some layers')
-        sensible = self.max_length >= 64 and min(self.rank, self.models) >= 1 and self.epochs > 0
-        sensible &= 0 <= self.held_out < 1 and 0 <= self.awp <= 1
         # beyond these no number of a plan means anything
         most = dict(max_length=10**6, rank=10**5, epochs=10**4, models=1000)
         large = [f'{name}={getattr(self, name):g}' for name, top in most.items() if getattr(self, name) > top]
         if large: raise UserError(f"{', '.join(large)}: at most {', '.join(f'{k}={v:,}' for k, v in most.items())}")
-        if not sensible:
-            raise UserError('max_length at least 64, rank and models at least 1, epochs above 0, '
-                            'held_out from 0 to below 1, awp from 0 to 1 wanted')
+        # said so that nan is wrong, too
+        wanted = dict(
+            max_length=('at least 64', self.max_length >= 64),
+            rank=('at least 1', self.rank >= 1),
+            models=('at least 1', self.models >= 1),
+            epochs=('more than 0', self.epochs > 0),
+            held_out=('a share from 0 to below 1', 0 <= self.held_out < 1),
+            awp=('a share from 0 to 1', 0 <= self.awp <= 1))
+        wrong = [f'{name}={getattr(self, name):g}: {what}' for name, (what, good) in wanted.items() if not good]
+        if wrong: raise UserError(f"{'; '.join(wrong)} is wanted")
 
     @property
     def own(self):
