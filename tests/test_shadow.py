@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import REPO
 from fixtures import DECODERS
+from shadow_cuda import guard
 
 FIGURES = REPO/'tests'/'shadow_cuda'/'figures.json'
 RECORD = 'UNDERDOG_RECORD=1 python -m pytest -n 0 tests/test_shadow.py'
@@ -84,6 +85,12 @@ def costs_what_is_recorded(case, recorded):
 
 LAWS = (trained, in_half_precision, attends_in_half_precision, in_one_launch, answers_as_a_cpu,
         launches_where_it_computes)
+
+
+def test_the_guard_of_one_torch_is_not_that_of_another(tmp_path):
+    "It is linked to a torch: when a checkout with the same version is removed, those of others work on."
+    one, other = (guard.target(tmp_path/name/'torch') for name in ('one', 'other'))
+    assert one != other and one == guard.target(tmp_path/'one'/'torch')
 
 
 @needs_compiler

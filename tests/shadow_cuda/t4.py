@@ -1,40 +1,19 @@
 "Two T4s for a CPU build of torch: a device guard, and torch.cuda's answers. Import it before torch."
 import ctypes
-import hashlib
 import importlib.util
-import os
-import subprocess
 import sys
-import sysconfig
-import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from unittest import mock
+
+from shadow_cuda.guard import compiled
 
 assert 'torch' not in sys.modules, 'import shadow_cuda.t4 before torch: it asks for its CUDA hooks once'
 
 CAPABILITY = (7, 5)
 MEMORY, FREE = 15_828_320_256, 15_500_000_000   # bytes that a T4 has, and that are free on a fresh one
 
-
-def _guard():
-    "The compiled guard; made once for each version of its source and of torch."
-    torch_folder = Path(importlib.util.find_spec('torch').origin).parent
-    python = sysconfig.get_paths()['include']
-    source = Path(__file__).with_name('guard.cpp')
-    key = hashlib.sha256(source.read_bytes()).hexdigest()[:8]
-    target = Path(tempfile.gettempdir())/f"underdog_shadow_{os.getuid()}_{version('torch')}_{key}.so"
-    if not target.exists():
-        built = target.with_suffix(f'.{os.getpid()}')
-        includes = [f'-I{torch_folder}/include', f'-I{torch_folder}/include/torch/csrc/api/include', f'-I{python}']
-        libraries = [f'-L{torch_folder}/lib', f'-Wl,-rpath,{torch_folder}/lib', '-lc10', '-ltorch_cpu']
-        command = ['g++', '-O1', '-shared', '-fPIC', '-std=c++20', *includes, str(source), '-o', str(built), *libraries]
-        subprocess.run(command, check=True)
-        built.replace(target)   # two processes may build at once
-    return ctypes.CDLL(str(target), ctypes.RTLD_GLOBAL)
-
-
-_library = _guard()
+_torch = Path(importlib.util.find_spec('torch').origin).parent
+_library = ctypes.CDLL(str(compiled(_torch)), ctypes.RTLD_GLOBAL)
 import torch  # noqa: E402
 
 _library.install()
