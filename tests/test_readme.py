@@ -18,7 +18,7 @@ from underdog.kernels import find_kernel, kernel_parameters
 from underdog.search.sweep import read_sweep
 from underdog.training.settings import TrainConfig
 
-from fixtures import make_tokenizer
+from fixtures import make_base, make_tokenizer
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT/'README.md').read_text()
@@ -98,6 +98,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp('guides')
     write_sample(folder, 60, 10)
     make_tokenizer(folder/'tiny')
+    make_base(folder/'models/small')
     verdicts = ['first', 'second', 'equal']*4
     questions = [f'What is {i} + {i}?' for i in range(12)]
     mine = dict(question=questions, first='four', second='I do not know.', verdict=verdicts)

@@ -43,15 +43,21 @@ def test_a_model_that_knows_nothing_costs_next_to_nothing(n):
     noise = np.array(list(gains(n, 0)))
     y, offset, own = draw(4000, 0, 1)
     whole = log_loss(y, softmax(offset)) - log_loss(y, softmax(offset + own))
-    assert whole < -.03 and noise.mean() > -.0005 and noise.min() > -.003 and (noise == 0).mean() > .7
+    assert whole < -.03 and noise.mean() > -.0015 and noise.min() > -.01 and (noise == 0).mean() > .65
 
 
 def test_a_model_that_knows_something_keeps_it():
-    "With 1,600 rows the best gain, with a hundred a third of it; and never more than all that it says."
+    "Of few rows nearly as much as of many, as what is usual is not far off."
     y, offset, own = draw(20000, .5, 1)
     best = log_loss(y, softmax(offset)) - log_loss(y, softmax(offset + .5*own))
-    assert best > .01 and np.mean(list(gains(1600, .5))) > .8*best and np.mean(list(gains(100, .5))) > .3*best
-    assert share_shown(*draw(1600, 2., 0)) == 1
+    assert best > .01 and np.mean(list(gains(1600, .5))) > .9*best and np.mean(list(gains(100, .5))) > .7*best
+
+
+def test_many_rows_speak_for_themselves_and_few_for_what_is_usual():
+    few, many = ([share_shown(*draw(n, 2., seed)) for seed in range(5)] for n in (10, 20000))
+    assert many == [1]*5 and max(few) < .5
+    y, offset, own = draw(20000, .05, 1)
+    assert share_shown(y, offset, own) < .1
 
 
 def test_copies_of_a_prompt_are_no_evidence():
@@ -62,7 +68,7 @@ def test_copies_of_a_prompt_are_no_evidence():
         y, offset, own = (np.repeat(v, 50, 0) for v in draw(12, 0, seed))
         copied.append(share_shown(y, offset, own))
         told.append(share_shown(y, offset, own, np.repeat(np.arange(12), 50)))
-    assert told == some and np.mean(copied) > 1.5*np.mean(told)
+    assert told == some and np.std(copied) > 1.2*np.std(told)
     assert share_shown(y, offset, own, np.zeros(len(y))) == 0 == share_shown(y[:0], offset[:0], own[:0])
 
 
@@ -144,7 +150,7 @@ def test_a_probe_is_not_believed_on_the_rows_it_was_fitted_on():
     fitted = fit_probe(x, y, offset=offset, tie=TIE, strengths=(.01,))   # a ridge that is far too weak
     s = x @ fitted.weights.double().numpy()
     said = np.stack([s/2, -s/2, 0*s], 1)
-    assert share_shown(y, offset, said) > .9 and share_shown(y, offset, said + fitted.gap.numpy()) < .2
+    assert share_shown(y, offset, said) > .5 and share_shown(y, offset, said + fitted.gap.numpy()) < .2
     # the head that starts from a probe tells what it keeps for later
     head = make_head(ModelConfig(''), 60)
     model, data = stand_in(features, y, head, offset=offset)

@@ -104,8 +104,8 @@ class Recorder:
         others = ', '.join(f'{name} {loss:.4f}' for name, loss in losses.items() if name != 'tta')
         self.say(f'step {step}: held-out log loss {losses["tta"]:.4f} on {len(oof):,} rows ({others})')
         if earned < 1:
-            self.say(f'{earned:.0%} of what the model has learned is added to its baseline: as much as it has surely '
-                     'gained on rows that it had not learned from')
+            self.say(f'{earned:.0%} of what the model has learned is added to its baseline: the most probable '
+                     'share, by rows that it had not learned from')
         # how sure that is, at the end; on the way only what asks for a decision
         if step == len(self.training.plan): self.say(f'the model {margin}')
         elif margin.high < 0: self.say(f'warning: so far the model {margin}')

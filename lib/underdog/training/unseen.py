@@ -15,18 +15,24 @@ from ..data.metrics import row_log_loss, softmax
 
 # %% ../../../nbs/4_training/01b_unseen.ipynb #f841192c
 _SHARES = np.linspace(0, 1, 21)
+_USUAL, _SPREAD = .3, .1   # the share that is usual, and how far from it others are
 
 def share_shown(y, offset, logits, groups=None):
     """The share, 0 to 1, of `logits` (n, C) to add to the log-probabilities `offset` (n, C), for labels `y` (n, C).
 
-    Its gain on the offset alone is the largest less one standard error; rows of one of `groups` (n,) count together."""
+    The most probable one, where the usual one has gained on the offset alone, else 0. Rows of one of `groups` (n,)
+    count together."""
     groups = np.unique(np.arange(len(y)) if groups is None else groups, return_inverse=True)[1]
-    if groups.max(initial=0) == 0: return 0.   # one prompt has no standard error
-    alone, best = row_log_loss(y, softmax(offset)), (0., 0.)
-    for share in _SHARES[1:]:
-        gains = np.bincount(groups, alone - row_log_loss(y, softmax(offset + share*logits)))
-        best = max(best, (gains.sum() - gains.std()*len(gains)**.5, share))
-    return float(best[1])
+    if groups.max(initial=0) == 0: return 0.   # one prompt tells nothing of others
+    alone = row_log_loss(y, softmax(offset)).sum()
+    gain = lambda share: alone - row_log_loss(y, softmax(offset + share*logits)).sum()
+    if gain(_USUAL) <= 0: return 0.
+    # how much the rows count
+    p = softmax(offset + _USUAL*logits)
+    slopes = np.bincount(groups, ((y - p)*logits).sum(1))
+    curvature = ((p*logits**2).sum(1) - (p*logits).sum(1)**2).sum()
+    weight = curvature/((slopes - slopes.mean())**2).sum()
+    return float(max(_SHARES, key=lambda share: weight*gain(share) - ((share - _USUAL)/_SPREAD)**2/2))
 
 # %% ../../../nbs/4_training/01b_unseen.ipynb #ac09dd81
 class Unseen:
