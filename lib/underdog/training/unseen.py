@@ -14,7 +14,7 @@ import torch
 from ..data.metrics import row_log_loss, softmax
 
 # %% ../../../nbs/4_training/01b_unseen.ipynb #f841192c
-_SHARES = np.linspace(0, 1, 21)
+_SHARES = np.arange(21)/20
 _USUAL, _SPREAD = .3, .1   # the share that is usual, and how far from it others are
 
 def share_shown(y, offset, logits, groups=None):
