@@ -127,7 +127,7 @@ def calibrate(train_csv, model, prompt=PromptConfig(), cfg=TrainConfig(), compet
         args, end = [run.path, steps, seconds], session.clock.end
         log_file = log_file or run.path/'calibrate.log'
         code, tail = launch('underdog.search.calibrate', args, log_file, session, end=end)
-        if code and time.monotonic() > end: 
+        if code and time.monotonic() > end:
             raise UserError(f'not done within {session.time_limit:g} hours; give it more, or fewer rows')
         raise_failed('calibration', code, tail)
         return Calibration(**read_json(_calibration_file(run)))
