@@ -2,6 +2,7 @@
 
 `python tests/notebooks.py [notebook ...]`; as `nbdev_test`, it leaves out cells of `#| eval: false` and of the flags
 `tst_flags` in settings.ini. What fails is shown with notebook, cell and traceback, and the exit code is 1."""
+import argparse
 import os
 import resource
 import sys
@@ -51,10 +52,16 @@ def finish(running):
     return code == 0
 
 
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('notebook', nargs='*', type=Path, help='default: all')
+    return parser.parse_args()
+
+
 def main():
     import warm
     from nbdev.doclinks import nbglob
-    begin, named = time.monotonic(), [Path(a).resolve() for a in sys.argv[1:]]
+    begin, named = time.monotonic(), [a.resolve() for a in arguments().notebook]
     os.chdir(ROOT/'nbs')
     sys.path.remove(str(ROOT/'tests'))   # a notebook says itself what it wants
     notebooks = named or sorted(f.absolute() for f in nbglob(as_path=True) if not (f.parent/'.notest').exists())

@@ -36,7 +36,8 @@ def test_bad_inputs_end_in_a_message_where_kaggle_answers(server, hub, tmp_path)
 
 
 @pytest.mark.parametrize('setting, said', [(dict(targets='q_prj'), "no linear layer 'q_prj'"),
-                                           (dict(lora_layers='9:'), 'has 2 layers')])
+                                           (dict(lora_layers='9:'), 'has 2 layers'),
+                                           (dict(rank=0, lora_layers='9:'), 'has 2 layers')])
 def test_layers_that_the_model_has_not_are_refused_before_a_worker_begins(world, tmp_path, monkeypatch, setting, said):
     monkeypatch.setattr('underdog.training.run.launch', lambda *args, **more: pytest.fail('a worker began'))
     model = ModelConfig(str(world/'llama'), quantization='none', **setting)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -212,6 +213,14 @@ def test_a_merged_9b_is_refused_on_a_t4_in_16_bits_only(monkeypatch):
     remedy = r'16.6 GB, and cuda:1 has 15.8; set quantization=int8 \(8.4 GB\) or quantization=nf4'
     with pytest.raises(UserError, match=remedy):
         _check_card(ModelConfig('x', quantization='none'), stored, 2, 'cuda:1')
+
+
+def test_a_merge_does_not_overwrite_what_it_reads(bases, tmp_path):
+    save_adapter(trained(config(bases['llama'])), tmp_path/'adapter')
+    kept = {file: file.read_bytes() for file in [*(tmp_path/'adapter').rglob('*.*'), *Path(bases['llama']).glob('*.*')]}
+    for out in (tmp_path/'adapter', tmp_path/'x'/'..'/'adapter', bases['llama']):
+        with pytest.raises(UserError, match='it would be lost'): merge(tmp_path/'adapter', out)
+    assert all(file.read_bytes() == content for file, content in kept.items())
 
 
 def test_merges_that_cannot_work_write_nothing(bases, tmp_path, monkeypatch):

@@ -480,6 +480,10 @@ def test_gpu_liger_gives_equal_logits(bases, family):
     torch.testing.assert_close(logits_of(plain, batch), logits_of(fused, batch), rtol=1e-3, atol=1e-4)
 
 
+def test_a_device_that_nobody_has_is_refused(bases):
+    with pytest.raises(UserError, match="device='gpu': 'cpu', 'cuda' or"): load_model(config(bases['llama']), 'gpu')
+
+
 def test_cuda_without_a_device_is_refused(bases, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     with pytest.raises(UserError, match='no CUDA device'): load_model(config(bases['llama']), 'cuda:0')

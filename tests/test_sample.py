@@ -171,3 +171,9 @@ def test_letters_of_the_question_do_not_tell_the_answer():
     right = np.mean([overlap(fact, fact.answer) for fact in all_facts()])
     wrong = np.mean([np.mean([overlap(fact, other) for other in fact.others]) for fact in all_facts()])
     assert right < wrong + .02, (right, wrong)
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path/'data').write_text('mine')
+    with pytest.raises(UserError, match='a file has this name'): write_sample(tmp_path/'data', 40, 10)
+    assert (tmp_path/'data').read_text() == 'mine'

@@ -134,6 +134,7 @@ def write_sample(folder, n_train=600, n_test=60, seed=0):
 
     train.csv, test.csv and sample_submission.csv are as Kaggle has them; truth.json holds the true probabilities."""
     sample, folder = make_sample(n_train, n_test, seed), Path(folder)
+    if folder.is_file(): raise UserError(f'{folder}: a file has this name; give the name of a folder')
     paths = {name: folder/name for name in ('train.csv', 'test.csv', 'sample_submission.csv', 'truth.json')}
     write_rows(paths['train.csv'], sample.train, LMSYS)
     write_rows(paths['test.csv'], sample.test.drop(columns=['model_a', 'model_b', *LMSYS.classes]), LMSYS)

@@ -136,7 +136,9 @@ def _liger_runs(liger, device):
 # %% ../../../nbs/3_model/06_backbone.ipynb #58a41cfd
 def _known_device(device):
     "The torch device `device`, which becomes that of the process: Triton launches there, wherever its tensors are."
-    device = torch.device(device)
+    try: device = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device={device!r}: 'cpu', 'cuda' or a card such as 'cuda:1' wanted") from None
     if device.type == 'cuda' and not torch.cuda.is_available():
         raise UserError(f'device={device}: no CUDA device here; use cpu, or switch the accelerator on')
     if device.type == 'cuda' and device.index is not None: torch.cuda.set_device(device)

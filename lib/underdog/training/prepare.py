@@ -85,12 +85,13 @@ def of_fold(described, k):
 
 def _check_adapted(model):
     "`UserError` where `targets` or `lora_layers` of the `ModelConfig` name nothing in it; no weight is read."
-    if not model.rank or (model.targets, model.lora_layers) == ('all-linear', ''): return
+    targets = model.targets if model.rank else 'all-linear'   # without adapters nobody asks for them
+    if (targets, model.lora_layers) == ('all-linear', ''): return
     import torch
     from transformers import AutoModel
     config = backbone_config(resolve_input(model.path), model.layers)
     with torch.device('meta'): backbone = AutoModel.from_config(config)
-    lora_targets(backbone, model.targets, model.lora_layers)
+    lora_targets(backbone, targets, model.lora_layers)
 
 def _identity(config):
     "{setting: value} of all in which two runs must agree to be the same run."
