@@ -341,20 +341,23 @@ def test_figures_do_not_grow_with_what_is_drawn(tmp_path):
     assert max(len(label.get_text()) for ax in axes for label in ax.get_xticklabels()) < 30
 
 
-def test_the_table_of_a_sweep_of_two_settings_fits_a_terminal(monkeypatch, capsys):
-    "As a table, not as a list of blocks; a state is told where it differs."
+def test_the_table_of_a_sweep_of_three_settings_fits_a_terminal(monkeypatch, capsys):
+    "As a table, not as a list of blocks; the verdict on a trial that did not come to its end is what became of it."
     from underdog.console.searching import _best_first
     from underdog.console.tables import print_frame
     monkeypatch.setenv('COLUMNS', '80')
-    trials = pd.DataFrame(dict(trial=['trial-a12566b8b0', 'trial-8642d9791e'], lr=[1e-4, 1e-3], head_lr=[1e-3, 5e-3],
-                               state='complete', loss=[1.0856, 1.0843], seconds=[1106.63, 99.3], cpu_s=[20.1, 19.4],
-                               gpu_s=0.))
+    trials = pd.DataFrame(dict(trial=['trial-a12566b8b0', 'trial-8642d9791e', 'trial-84411d97ae'],
+                               lr=[.000416, 1.21e-3, 5.74e-5], head_lr=[7.06e-4, 5e-3, 1e-2], rank=[8, 64, 16],
+                               state=['complete', 'complete', 'pruned'], loss=[1.0856, 1.0843, 1.0921],
+                               seconds=[1106.63, 99.3, 7.], cpu_s=[20.1, 19.4, None], gpu_s=0.))
     verdicts = {'trial-a12566b8b0': 'tie', 'trial-8642d9791e': 'best'}
-    print_frame('sweep.yaml: best first', _best_first(trials, ['lr', 'head_lr'], verdicts))
+    settings = ['lr', 'head_lr', 'rank']
+    print_frame('sweep.yaml: best first', _best_first(trials, settings, verdicts))
     lines = capsys.readouterr().out.splitlines()
     rows = [[cell.strip() for cell in line.split('│')[1:-1]] for line in lines if line.startswith('│')]
-    assert rows == [['trial-8642d9791e', '0.0010', '0.0050', '1.0843', 'best', '99', '19'],
-                    ['trial-a12566b8b0', '0.0001', '0.0010', '1.0856', 'tie', '1107', '20']]
-    trials.loc[0, ['state', 'loss', 'seconds']] = 'failed', None, None
-    table = _best_first(trials, ['lr', 'head_lr'], {})
-    assert table['state'].tolist() == ['complete', 'failed'] and table['seconds'].tolist() == ['99', '']
+    assert rows == [['trial-8642d9791e', '0.0012', '0.0050', '64', '1.0843', 'best', '19'],
+                    ['trial-a12566b8b0', '0.000416', '0.000706', '8', '1.0856', 'tie', '20'],
+                    ['trial-84411d97ae', '5.74e-05', '0.0100', '16', '1.0921', 'pruned', '']]
+    # without verdicts, as after a single trial
+    assert _best_first(trials, settings, {})['verdict'].tolist() == ['', '', 'pruned']
+    assert 'verdict' not in _best_first(trials[:2], settings, {})

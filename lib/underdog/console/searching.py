@@ -40,15 +40,17 @@ def sweep(
     for name, reason in zip(failed['trial'], failed['why']): typer.echo(f'{name} failed: {reason}')
 
 def _best_first(trials, space, verdicts):
-    "The table of `trials` for a person: the settings in `space`, the loss, its verdict, what it cost."
+    """The table of `trials` for a person: the settings in `space`, the loss, its verdict, what it cost.
+
+    The verdict on a trial that did not come to its end is what became of it."""
     # the cost that says something: that of GPUs where there are any
     cost = 'gpu_s' if trials['gpu_s'].any() else 'cpu_s'
     table = trials.sort_values('loss')
-    table['verdict'] = [verdicts.get(name, '') for name in table['trial']]
-    for name in ('seconds', cost): table[name] = [f'{value:.0f}'.replace('nan', '') for value in table[name]]
-    # what all share says nothing, and costs the width of a terminal
-    state = [] if (table['state'] == 'complete').all() else ['state']
-    return table[['trial', *space, *state, 'loss', *(['verdict'] if verdicts else []), 'seconds', cost]]
+    table['verdict'] = [verdicts.get(name, '') if state == 'complete' else state
+                        for name, state in zip(table['trial'], table['state'])]
+    table[cost] = [f'{value:.0f}'.replace('nan', '') for value in table[cost]]
+    # a column that says nothing costs the width of a terminal
+    return table[['trial', *space, 'loss', *(['verdict'] if table['verdict'].any() else []), cost]]
 
 # %% ../../../nbs/8_console/05d_searching.ipynb #62ec862c
 def scale(
