@@ -72,6 +72,14 @@ def test_copies_of_a_prompt_are_no_evidence():
     assert share_shown(y, offset, own, np.zeros(len(y))) == 0 == share_shown(y[:0], offset[:0], own[:0])
 
 
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize('n', [1, 2, 9])
+def test_a_few_prompts_tell_nothing(n):
+    y, offset, own = draw(n, 1, 0)
+    copies = [np.repeat(v, 30, 0) for v in (y, offset, 5*y, np.arange(n))]
+    assert share_shown(y, offset, 5*y) == 0 == share_shown(*copies)
+
+
 # ---- what is kept of a run
 def test_each_row_tells_what_was_said_of_it_before_it_was_learned_from(world):
     "The first step's are those of the model as it began; a second pass changes none; a rehearsal leaves no trace."

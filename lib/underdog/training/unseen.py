@@ -16,14 +16,15 @@ from ..data.metrics import row_log_loss, softmax
 # %% ../../../nbs/4_training/01b_unseen.ipynb #f841192c
 _SHARES = np.arange(21)/20
 _USUAL, _SPREAD = .3, .1   # the share that is usual, and how far from it others are
+_FEWEST = 10   # prompts: fewer do not tell how much they differ
 
 def share_shown(y, offset, logits, groups=None):
     """The share, 0 to 1, of `logits` (n, C) to add to the log-probabilities `offset` (n, C), for labels `y` (n, C).
 
     The most probable one, where the usual one has gained on the offset alone, else 0. Rows of one of `groups` (n,)
-    count together."""
+    count together; fewer than ten groups tell nothing."""
     groups = np.unique(np.arange(len(y)) if groups is None else groups, return_inverse=True)[1]
-    if groups.max(initial=0) == 0: return 0.   # one prompt tells nothing of others
+    if groups.max(initial=0) + 1 < _FEWEST: return 0.
     alone = row_log_loss(y, softmax(offset)).sum()
     gain = lambda share: alone - row_log_loss(y, softmax(offset + share*logits)).sum()
     if gain(_USUAL) <= 0: return 0.
