@@ -104,8 +104,8 @@ class Recorder:
         others = ', '.join(f'{name} {loss:.4f}' for name, loss in losses.items() if name != 'tta')
         self.say(f'step {step}: held-out log loss {losses["tta"]:.4f} on {len(oof):,} rows ({others})')
         if not earned:
-            self.say('nothing of what the model has learned is added to its baseline: rows that it had not learned from '
-                     'show no gain')
+            self.say('nothing of what the model has learned is added to its baseline: rows that it had not learned '
+                     'from show no gain')
         elif earned < 1:
             self.say(f'{earned:.0%} of what the model has learned is added to its baseline: the most probable '
                      'share, by rows that it had not learned from')
