@@ -177,7 +177,8 @@ class Workers:
         """Compute every part; `done(i, result)` is called for each as it comes.
 
         Parts that by their `costs` cannot be done until `end`, a time.monotonic, are left out. Returns the numbers of
-        the parts that took two workers with them, in order. When no worker is left it is a `RuntimeError`, or a `UserError`."""
+        the parts that took two workers with them, in order. When no worker is left it is a
+        `RuntimeError`, or a `UserError`."""
         costs = [1]*len(parts) if costs is None else costs
         run = _Run(parts=parts, costs=costs, end=end, done=done, log=log)
         queue = run.queue
