@@ -80,6 +80,15 @@ def test_a_few_prompts_tell_nothing(n):
     assert share_shown(y, offset, 5*y) == 0 == share_shown(*copies)
 
 
+@pytest.mark.filterwarnings('error')
+def test_rows_that_are_all_alike_and_logits_without_measure_are_taken():
+    a, even = np.tile([1., 0, 0], (40, 1)), np.log(np.full((40, 3), 1/3))
+    y = np.eye(3)[np.arange(40) % 3]
+    assert .3 <= share_shown(a, even, np.tile([1., -1, 0], (40, 1))) <= 1
+    assert .3 <= share_shown(y, even, 1e6*y) <= 1
+    assert share_shown(y, even, -1e6*y) == 0
+
+
 # ---- what is kept of a run
 def test_each_row_tells_what_was_said_of_it_before_it_was_learned_from(world):
     "The first step's are those of the model as it began; a second pass changes none; a rehearsal leaves no trace."

@@ -245,8 +245,9 @@ def merge(folder, out, base=None, device='cpu', **changes):
     path, dtype = resolve_input(cfg.path), compute_dtype(cfg, device)
     config = backbone_config(path, cfg.layers)
     # what cannot work
-    if out.resolve() in (folder.resolve(), path.resolve()):
-        raise UserError(f'out={out}: that is what is merged, and it would be lost; give another folder')
+    for read in (folder.resolve(), path.resolve()):
+        if out.resolve() in (read, *read.parents):
+            raise UserError(f'out={out}: {read} is read from there, and would be lost; give another folder')
     bits = stored_quantization(config)
     if bits != 'none':
         raise UserError(f'merge=True: {path} is stored as {bits}, adapters are added to unquantized weights only; '

@@ -32,7 +32,8 @@ def share_shown(y, offset, logits, groups=None):
     p = softmax(offset + _USUAL*logits)
     slopes = np.bincount(groups, ((y - p)*logits).sum(1))
     curvature = ((p*logits**2).sum(1) - (p*logits).sum(1)**2).sum()
-    weight = curvature/((slopes - slopes.mean())**2).sum()
+    spread = ((slopes - slopes.mean())**2).sum()
+    weight = curvature/spread if spread else 1.   # none: every prompt says the same
     return float(max(_SHARES, key=lambda share: weight*gain(share) - ((share - _USUAL)/_SPREAD)**2/2))
 
 # %% ../../../nbs/4_training/01b_unseen.ipynb #ac09dd81
